@@ -1,0 +1,54 @@
+# make serve · make test · make check · make bench · make dist        (everything lives in .venv; nothing else is needed)
+
+PYTHON ?= python3
+PORT ?= 8080
+HOST ?= 127.0.0.1
+MODEL ?= models/demo
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := core api backends/torch backends/cpu
+MANIFESTS := pyproject.toml constraints.txt $(PACKAGES:%=%/pyproject.toml)
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+# One computing thread for each test process: two would fight for the same cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install serve test check bench dist clean
+
+help:
+	@sed -n '1p' Makefile
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(MANIFESTS)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) --constraint constraints.txt $(PACKAGES:%=--editable ./%) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --constraint constraints.txt --group dev
+	@touch $@
+
+serve: install
+	$(BIN)/tokenplane serve --model-id $(MODEL) --backend cpu --hostname $(HOST) --port $(PORT)
+
+test: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/packaging/test_imports.py
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/concurrency.py
+
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	for package in . $(PACKAGES); do $(BIN)/python -m build --wheel --outdir dist $$package || exit 1; done
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,79 @@
+"""Every exception the core raises on purpose.
+
+TokenplaneError
+├── BackendError                 something about a plugin or its device
+│   ├── BackendNotFound          no plugin of that name is installed
+│   ├── BackendUnavailable       installed, but detect() says absent or broken; carries the reason
+│   ├── ContractViolation        the plugin broke the contract (hook missing, wrong version, wrong output)
+│   ├── UnsupportedModel         load(): this backend cannot run this model, and why
+│   ├── OutOfMemory              load() or kv_alloc(): does not fit; the plugin object may be closed and dropped
+│   └── DeviceLost               during a step: device state unknown, the engine process must be replaced
+├── ConfigError                  an option is out of range or contradicts another; names option, value and limit
+└── RequestError                 one request cannot be served; never ends the engine
+    ├── InvalidRequest           breaks a limit; names field, value and limit
+    ├── QueueFull                too many requests wait or run already
+    ├── EngineNotReady           the engine process is starting or restarting
+    └── EngineFailed             the engine process died while it held this request
+"""
+
+from __future__ import annotations
+
+
+class TokenplaneError(Exception):
+    """Root of the tree in this module's docstring."""
+
+
+class BackendError(TokenplaneError):
+    pass
+
+
+class BackendNotFound(BackendError):
+    pass
+
+
+class BackendUnavailable(BackendError):
+    pass
+
+
+class ContractViolation(BackendError):
+    pass
+
+
+class UnsupportedModel(BackendError):
+    pass
+
+
+class OutOfMemory(BackendError):
+    pass
+
+
+class DeviceLost(BackendError):
+    pass
+
+
+class ConfigError(TokenplaneError):
+    pass
+
+
+class RequestError(TokenplaneError):
+    pass
+
+
+class InvalidRequest(RequestError):
+    """`field` is the request field at fault, in the core's words."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class QueueFull(RequestError):
+    pass
+
+
+class EngineNotReady(RequestError):
+    pass
+
+
+class EngineFailed(RequestError):
+    pass

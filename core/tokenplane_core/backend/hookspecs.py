@@ -1,0 +1,87 @@
+"""The hooks a backend plugin implements: methods of the one class that its entry point names.
+
+    [project.entry-points."tokenplane.backends"]
+    acme = "tokenplane_acme.plugin:AcmeBackend"
+
+The core makes one object of the class per engine process and calls, in this order: `load`, `kv_alloc`, `warmup`
+(if there), then `prefill` and `decode` for as long as it serves, then `close`. `detect` is called on an object of
+its own, in a child process. Importing the plugin module and making the object must not import the vendor library:
+that happens in `load`.
+
+A hook may leave out arguments it does not need. A misspelt hook or argument is refused when the plugin loads.
+"""
+
+from __future__ import annotations
+
+import pluggy
+
+from .records import (
+    Capabilities,
+    DecodeBatch,
+    DetectReport,
+    KVLayout,
+    LoadOptions,
+    ModelSpec,
+    PrefillBatch,
+    SamplingBatch,
+    StepHandle,
+)
+
+hookspec = pluggy.HookspecMarker("tokenplane")
+hookimpl = pluggy.HookimplMarker("tokenplane")
+
+REQUIRED_HOOKS = ("detect", "load", "kv_alloc", "prefill", "decode")
+
+
+class BackendHooks:
+    """The contract. Five required hooks, then the optional ones."""
+
+    @hookspec(firstresult=True)
+    def detect(self) -> DetectReport:  # type: ignore[empty-body]
+        """Say which devices are here, or exactly why not.
+
+        Cheap (well under two seconds), standard library only where possible, opens no device context. Run in a
+        child process with a time limit, so a crash or a hang inside a driver is an answer too.
+        """
+
+    @hookspec(firstresult=True)
+    def load(self, model: ModelSpec, options: LoadOptions) -> Capabilities:  # type: ignore[empty-body]
+        """Load the weights and return the facts about the loaded model.
+
+        Raises:
+            UnsupportedModel: with a sentence a user understands.
+            OutOfMemory: the weights do not fit.
+        """
+
+    @hookspec(firstresult=True)
+    def kv_alloc(self, layout: KVLayout) -> bool:  # type: ignore[empty-body]
+        """Allocate the KV cache; return True.
+
+        Raises:
+            OutOfMemory: the layout does not fit; the core may ask again with a smaller one.
+        """
+
+    @hookspec(firstresult=True)
+    def prefill(self, batch: PrefillBatch, sampling: SamplingBatch) -> StepHandle:  # type: ignore[empty-body]
+        """Run prompt chunks (and decode rows if `mixed`); sample the rows whose `sample` is set.
+
+        Changes:
+            Applies batch.head; writes the KV of the new tokens, and nothing else, into the named blocks or slots.
+        Raises:
+            DeviceLost: device state unknown. Any other exception counts as that.
+        """
+
+    @hookspec(firstresult=True)
+    def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:  # type: ignore[empty-body]
+        """Run one token for each row and sample every real row. Otherwise like `prefill`."""
+
+    @hookspec(firstresult=True)
+    def warmup(self) -> int:  # type: ignore[empty-body]
+        """Optional, after kv_alloc: compile or capture every bucket; return how many.
+
+        Required when shapes.mode is "hard": afterwards no step may compile (StepOutput.compiled stays 0).
+        """
+
+    @hookspec(firstresult=True)
+    def close(self) -> bool:  # type: ignore[empty-body]
+        """Optional: give device memory back; return True. May be called twice, and after a failed load."""

@@ -1,0 +1,370 @@
+"""What crosses between the core and a backend plugin.
+
+Plain frozen records of ints, strings and numpy arrays: no tensors, no request objects, no configuration. The
+core reads facts (`Device`, `Capabilities`) and hands over work (`PrefillBatch`, `DecodeBatch`); a plugin never
+sees the scheduler, the scheduler never sees a device.
+
+Rules that hold for every array in this file:
+
+* It is C-contiguous, and the dtype stands in the comment behind the field.
+* The core makes fresh arrays for each step and does not write to them after the call: a plugin may keep or
+  upload them when it likes, and must not write to them.
+* A field named `*_starts` has one more entry than there are rows: row i owns the half-open range
+  `[starts[i], starts[i + 1])`.
+* Lengths and positions count tokens. Positions are absolute: the first prompt token has position 0.
+
+A field arrives with the feature that needs it, together with a law in the conformance kit that proves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+U64 = NDArray[np.uint64]
+Bool = NDArray[np.bool_]
+
+CONTRACT_VERSION = "0.1"
+"""major.minor. Minor versions only add optional fields, hooks and feature names."""
+
+PAD_BLOCK = 0
+"""Block id that is never given to a sequence: padding rows read and write here, unused table entries name it."""
+
+TOKEN_ON_DEVICE = -1
+"""In `token_ids`: the token most recently sampled for this row's slot, which the host has not read back yet.
+Only sent to plugins that declare `async_depth >= 1`."""
+
+
+# --- What is here: detect() ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator, as `detect` found it.
+
+    `score` orders unlike backends when the user names none: the highest wins, 0 is never chosen unasked (the
+    simulated devices), the CPU has 1, accelerators 100 and more.
+    """
+
+    kind: str  # cpu cuda rocm xpu tpu gaudi neuron ... simulated
+    index: int
+    name: str  # what the vendor calls it
+    arch: str  # sm_90, gfx942, avx512_bf16+amx ...
+    memory_total_bytes: int  # what a process may use: a cgroup limit counts
+    dtypes: tuple[str, ...]  # that the device computes in, preferred first
+    score: int
+    memory_free_bytes: int | None = None
+    notes: str = ""  # one line a person wants to read: cores allowed, driver, ...
+
+
+@dataclass(frozen=True, slots=True)
+class DetectReport:
+    """The answer of `detect`.
+
+    found: `devices` is not empty. absent: no such hardware, which is normal. broken: the hardware (or a trace
+    of it) is there but cannot be used; `reason` says why and what to do.
+    """
+
+    status: Literal["found", "absent", "broken"]
+    devices: tuple[Device, ...] = ()
+    reason: str = ""
+
+
+# --- What to run: load() ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model on local disk, described by plain values read from its config.json.
+
+    `config` is the parsed file itself, for what only some architectures have.
+    """
+
+    model_id: str  # what the user asked for
+    path: str  # folder with config.json and *.safetensors
+    revision: str | None
+    architecture: str  # config.json "architectures"[0], or "" if it names none
+    config: Mapping[str, Any]
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int  # rows of the output layer; token ids are below it
+    max_model_tokens: int  # longest sequence (prompt + output) this deployment serves
+    dtype: str  # float32 bfloat16 float16
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load, apart from which model. Nothing here changes what a token means."""
+
+    device_index: int = 0
+    num_threads: int | None = None  # host threads the backend may compute with; None: decide yourself
+    max_step_tokens: int | None = None  # the user's wish for Limits.max_step_tokens; a plugin may offer less
+    max_sequences: int | None = None  # the user's wish for Limits.max_sequences; a plugin may offer less
+
+
+# --- What the loaded model can do: Capabilities -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A shape the device has compiled, or captured a graph for. Padding up to it is the core's work."""
+
+    phase: Literal["prefill", "decode"]
+    rows: int
+    tokens: int  # over all rows, after padding; in a decode bucket equal to rows
+    context_blocks: int = 0  # what ShapePolicy.context_rule counts; 0 if the rule is "none"
+
+
+@dataclass(frozen=True, slots=True)
+class ShapePolicy:
+    """Which batch shapes the device runs.
+
+    mode "ragged": any. "soft": any, but shapes in `buckets` are cheaper. "hard": only those in `buckets`.
+    pad_rows: prefill rows are each right-padded to bucket.tokens / bucket.rows (a rectangle); otherwise rows lie
+    back to back and only the end of the batch is padded.
+    context_rule: "none"; "max_per_row": bucket.context_blocks bounds the blocks of the longest row; "total": it
+    bounds the sum over rows. Blocks are counted after the step's new tokens.
+    """
+
+    mode: Literal["ragged", "soft", "hard"] = "ragged"
+    buckets: tuple[Bucket, ...] = ()
+    pad_rows: bool = False
+    context_rule: Literal["none", "max_per_row", "total"] = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Hard limits of the loaded model on this device. The core refuses or waits; it never proposes more."""
+
+    max_sequences: int  # slots: sequences alive on the device at once, also the most rows of a batch
+    max_step_tokens: int  # padded tokens in one call
+    max_model_tokens: int  # longest sequence
+    max_prefill_rows: int  # prompts in one prefill call
+    chunk_tokens: int = 1  # a non-final prompt chunk is a multiple of this; 0: a prompt cannot be split
+    max_table_entries: int | None = None  # rows x blocks per row in one batch (a TPU's scalar memory)
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """How the device addresses the KV cache.
+
+    paged: the core hands out blocks and sends block tables. slot: each sequence owns one line of
+    max_model_tokens, addressed by its slot id; no tables, no sharing.
+    """
+
+    kind: Literal["paged", "slot"]
+    block_tokens: int  # paged: tokens in a block. slot: max_model_tokens
+    block_bytes: int  # memory of one block (slot: of one line) over all layers, K and V
+    budget_bytes: int  # what the plugin measured to be free for the cache after loading
+
+
+SAMPLING_FEATURES = frozenset(
+    {
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "processed_logprobs",
+    }
+)
+"""Every name SamplingCaps.features may hold. Greedy needs no name: every backend can take an argmax."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingCaps:
+    """What the device samples itself. For the rest the core asks for logits and samples on the host."""
+
+    features: frozenset[str] = SAMPLING_FEATURES
+    max_top_k: int | None = None  # None: up to the vocabulary
+    max_top_logprobs: int | None = None
+    returns_logits: bool = True  # False: what the device cannot do is refused at the door
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """The facts about a loaded model on a device. `load` returns it once; it never changes afterwards."""
+
+    contract: str  # the CONTRACT_VERSION the plugin was written for
+    backend: str  # entry-point name
+    version: str  # of the plugin's distribution
+    device: Device
+    dtype: str
+    limits: Limits
+    kv: KVSpec
+    shapes: ShapePolicy = field(default_factory=ShapePolicy)
+    sampling: SamplingCaps = field(default_factory=SamplingCaps)
+    mixed: bool = False  # a prefill call may carry decode rows
+    async_depth: int = 0  # steps the device accepts before the host has read the previous one
+    weights_bytes: int = 0
+    kernels: Mapping[str, str] = field(default_factory=dict)  # piece -> which implementation and why
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """The cache the core asks for. The plugin owns memory and strides.
+
+    Paged: block ids 0 .. num_blocks - 1, where PAD_BLOCK is the plugin's to scribble on. Slots are
+    0 .. num_slots - 1 for sequences; slot `num_slots` belongs to padding rows.
+    """
+
+    num_blocks: int
+    block_tokens: int
+    num_slots: int
+    max_blocks_per_sequence: int
+
+    @property
+    def pad_slot(self) -> int:
+        return self.num_slots
+
+
+# --- One step: prefill() and decode() -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SlotOpen:
+    """A sequence begins to live in a slot: forget whatever the slot held.
+
+    What a slot's tokens are, a plugin knows without being told again: the cached ones from here, all later ones
+    because they pass through prefill and decode before anything after them is drawn. Penalties count those.
+    """
+
+    slot: int
+    num_prompt_tokens: int  # tokens from this position on count as generated
+    cached_token_ids: I32  # i32 [cached] tokens already in the blocks of its table: a prefix hit
+
+
+@dataclass(frozen=True, slots=True)
+class StepHead:
+    """Changes to the plugin's slot state, applied before the batch in the order closed, opened, table.
+
+    Block tables travel as deltas: table[table_slots[j], table_positions[j]] = table_blocks[j]. Entries of a newly
+    opened slot start as PAD_BLOCK.
+    """
+
+    step: int  # strictly increasing over prefill and decode calls together
+    closed: I32  # i32 [c] slots whose sequence has left
+    opened: tuple[SlotOpen, ...]
+    table_slots: I32  # i32 [d]
+    table_positions: I32  # i32 [d] which block of the sequence
+    table_blocks: I32  # i32 [d] block id
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBatch:
+    """Prompt chunks, flat. With `Capabilities.mixed` also decode rows (one new token, sampled).
+
+    Row i computes the `num_new_tokens[i]` tokens token_ids[row_starts[i] : row_starts[i] + num_new_tokens[i]] at
+    positions context_lens[i] and up. What lies between a row's tokens and the next row's start is padding. Rows
+    from num_rows on are padding rows: pad slot, no tokens.
+    """
+
+    head: StepHead
+    num_rows: int  # real rows; arrays may be longer
+    slots: I32  # i32 [rows]
+    row_starts: I32  # i32 [rows + 1]
+    num_new_tokens: I32  # i32 [rows]
+    context_lens: I32  # i32 [rows] tokens in the cache before this step
+    token_ids: I32  # i32 [row_starts[-1]], TOKEN_ON_DEVICE allowed in decode rows
+    sample: Bool  # bool [rows] True: draw a token after the row's last token
+    bucket: Bucket | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One token for each row; every real row is sampled. Rows from num_rows on are padding rows (pad slot)."""
+
+    head: StepHead
+    num_rows: int
+    slots: I32  # i32 [rows]
+    token_ids: I32  # i32 [rows], TOKEN_ON_DEVICE allowed
+    context_lens: I32  # i32 [rows] tokens in the cache before this step
+    bucket: Bucket | None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How to draw, one entry per sampled row in batch order (padding rows have none).
+
+    The meaning of each field, the order they apply in and the law for the random draw are in `sampling.py`, with
+    the reference implementation. `features` names what this batch uses, so that a plugin can skip the rest.
+    """
+
+    features: frozenset[str]  # subset of SAMPLING_FEATURES that at least one row uses
+    temperature: F32  # f32 [n] 0: greedy
+    top_k: I32  # i32 [n] 0: off
+    top_p: F32  # f32 [n] 1: off
+    min_p: F32  # f32 [n] 0: off
+    typical_p: F32  # f32 [n] 1: off
+    repetition_penalty: F32  # f32 [n] 1: off
+    presence_penalty: F32  # f32 [n] 0: off
+    frequency_penalty: F32  # f32 [n] 0: off
+    seeds: U64  # u64 [n]
+    positions: I64  # i64 [n] absolute position of the token being drawn
+    bias_starts: I32  # i32 [n + 1]
+    bias_ids: I32  # i32 [b] ids with a logit bias
+    bias_values: F32  # f32 [b] -inf bans the id
+    num_logprobs: I32  # i32 [n] -1: none; 0: of the drawn token; k: also of the k best
+    processed_logprobs: Bool  # bool [n] True: of the distribution drawn from; False: of the raw logits
+    return_logits: bool = False  # draw nothing, return the raw logits: the core samples on the host
+
+    def __len__(self) -> int:
+        return len(self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step produced, rows as in SamplingBatch."""
+
+    step: int
+    token_ids: I32  # i32 [n]; [0] when logits were asked for
+    logprobs: F32 | None = None  # f32 [n], NaN where the row asked for none
+    top_ids: I32 | None = None  # i32 [n, k], k the largest num_logprobs of the batch; sorted, best first
+    top_logprobs: F32 | None = None  # f32 [n, k]
+    logits: F32 | None = None  # f32 [n, vocab] raw
+    device_s: float = 0.0  # seconds the device was busy with this step
+    compiled: int = 0  # shapes compiled during the step; 0 after warm-up
+
+
+class StepHandle(Protocol):
+    """A launched step. Handles complete in the order they were launched."""
+
+    def done(self) -> bool:
+        """True when `result` returns without waiting."""
+        ...
+
+    def result(self) -> StepOutput:
+        """Wait for the step and return its output.
+
+        Raises:
+            DeviceLost: the device is gone; nothing of this plugin object may be used again.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """The handle of a plugin that computes inside the call (async_depth 0)."""
+
+    output: StepOutput
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> StepOutput:
+        return self.output

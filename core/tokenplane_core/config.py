@@ -1,0 +1,23 @@
+"""Everything the engine process is told at start, in one frozen record that travels as msgpack."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .backend.records import ModelSpec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """None means: let the backend's capabilities and the memory decide."""
+
+    model: ModelSpec
+    backend: str  # entry-point name, already chosen
+    device_index: int = 0
+    num_threads: int | None = None
+    max_step_tokens: int | None = None
+    max_sequences: int | None = None
+    kv_cache_tokens: int | None = None
+    prefix_cache: bool = True
+    ageing_s: float = 10.0  # waiting this long is worth one priority level
+    ready_timeout_s: float = 600.0  # from process start to the first Ready
+    hang_timeout_s: float = 300.0  # silence after which a running engine counts as hung

@@ -1,0 +1,227 @@
+"""From the scheduler's plan to the records a backend takes: slots, table deltas, padding to buckets, sampling rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import numpy as np
+
+from ..backend.records import (
+    I32,
+    TOKEN_ON_DEVICE,
+    Capabilities,
+    DecodeBatch,
+    KVLayout,
+    PrefillBatch,
+    SamplingBatch,
+    SlotOpen,
+    StepHead,
+)
+from ..backend.sampling import History
+from ..messages import SamplingParams
+from .scheduler import Plan, Row
+from .sequence import Sequence
+
+_FLOAT_FEATURES = (
+    # field of SamplingParams and SamplingBatch, neutral value
+    ("temperature", 0.0),
+    ("top_p", 1.0),
+    ("min_p", 0.0),
+    ("typical_p", 1.0),
+    ("repetition_penalty", 1.0),
+    ("presence_penalty", 0.0),
+    ("frequency_penalty", 0.0),
+)
+
+
+def features_of(params: SamplingParams) -> frozenset[str]:
+    """Names from SAMPLING_FEATURES that these parameters use."""
+    used = {name for name, neutral in _FLOAT_FEATURES if getattr(params, name) != neutral}
+    if params.temperature == 0:
+        used -= {"top_p", "min_p", "typical_p"}  # greedy: nothing to filter
+    elif params.top_k > 0:
+        used.add("top_k")
+    if params.logit_bias or params.min_new_tokens > 0:
+        used.add("logit_bias")
+    if params.num_logprobs >= 0:
+        used.add("processed_logprobs" if params.processed_logprobs else "logprobs")
+    return frozenset(used)
+
+
+class Batcher:
+    """Builds records and remembers what the backend's slots already know.
+
+    Slot parameters live in arrays with one entry per slot, so that a step gathers instead of looping.
+    """
+
+    def __init__(self, layout: KVLayout, capabilities: Capabilities) -> None:
+        self._layout = layout
+        self._paged = capabilities.kv.kind == "paged"
+        self._pad_rows = capabilities.shapes.pad_rows
+        self._step = 0
+        self._closed: list[int] = []
+        slots = layout.num_slots
+        self._floats = {name: np.full(slots, neutral, np.float32) for name, neutral in _FLOAT_FEATURES}
+        self._top_k = np.zeros(slots, np.int32)
+        self._seeds = np.zeros(slots, np.uint64)
+        self._num_logprobs = np.full(slots, -1, np.int32)
+        self._processed = np.zeros(slots, np.bool_)
+        self._features: list[frozenset[str]] = [frozenset()] * slots
+
+    def slot_left(self, slot: int) -> None:
+        """The sequence in this slot is gone: the next head says so."""
+        self._closed.append(slot)
+
+    def build(self, plan: Plan, return_logits: bool) -> tuple[PrefillBatch | DecodeBatch, SamplingBatch]:
+        """Records for a plan that the scheduler has just launched."""
+        head = self._head(plan.rows)
+        batch = self._prefill(plan, head) if plan.phase == "prefill" else self._decode(plan, head)
+        return batch, self._sampling([row for row in plan.rows if row.sample], return_logits)
+
+    def _head(self, rows: Rows[Row]) -> StepHead:
+        """Everything that changed since the last call."""
+        self._step += 1
+        opened: list[SlotOpen] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        blocks: list[int] = []
+        for row in rows:
+            sequence = row.sequence
+            known = sequence.num_announced_blocks
+            if known == len(sequence.block_ids):
+                continue
+            if known == 0:
+                opened.append(self._open(sequence))
+            if self._paged:
+                fresh = sequence.block_ids[known:]
+                slots += [sequence.slot] * len(fresh)
+                positions += range(known, known + len(fresh))
+                blocks += fresh
+            sequence.num_announced_blocks = len(sequence.block_ids)
+        closed, self._closed = self._closed, []
+        return StepHead(self._step, _i32(closed), tuple(opened), _i32(slots), _i32(positions), _i32(blocks))
+
+    def _open(self, sequence: Sequence) -> SlotOpen:
+        slot, params = sequence.slot, sequence.sampling
+        for name, values in self._floats.items():
+            values[slot] = getattr(params, name)
+        self._top_k[slot] = params.top_k
+        self._seeds[slot] = params.seed
+        self._num_logprobs[slot] = params.num_logprobs
+        self._processed[slot] = params.processed_logprobs
+        self._features[slot] = features_of(params)
+        cached = sequence.token_ids[: sequence.num_cached_tokens]
+        return SlotOpen(slot, sequence.num_prompt_tokens, np.array(cached, np.int32))
+
+    def _prefill(self, plan: Plan, head: StepHead) -> PrefillBatch:
+        num_rows = len(plan.rows)
+        rows = plan.bucket.rows if plan.bucket else num_rows
+        new = np.zeros(rows, np.int32)
+        new[:num_rows] = [row.num_tokens for row in plan.rows]
+        starts = np.zeros(rows + 1, np.int32)
+        if self._pad_rows:
+            width = plan.bucket.tokens // plan.bucket.rows if plan.bucket else plan.extent.widest
+            starts[:] = np.arange(rows + 1) * width
+        else:
+            np.cumsum(new, out=starts[1:])
+            if plan.bucket:
+                starts[-1] = plan.bucket.tokens  # the tail is padding behind the last row
+        token_ids = np.zeros(starts[-1], np.int32)
+        for row, start in zip(plan.rows, starts, strict=False):
+            token_ids[start : start + row.num_tokens] = _tokens(row)
+        return PrefillBatch(
+            head=head,
+            num_rows=num_rows,
+            slots=self._slots(plan.rows, rows),
+            row_starts=starts,
+            num_new_tokens=new,
+            context_lens=_padded([row.start_tokens for row in plan.rows], rows),
+            token_ids=token_ids,
+            sample=_padded([row.sample for row in plan.rows], rows).astype(np.bool_),
+            bucket=plan.bucket,
+        )
+
+    def _decode(self, plan: Plan, head: StepHead) -> DecodeBatch:
+        rows = plan.bucket.rows if plan.bucket else len(plan.rows)
+        return DecodeBatch(
+            head=head,
+            num_rows=len(plan.rows),
+            slots=self._slots(plan.rows, rows),
+            token_ids=_padded([_last_token(row) for row in plan.rows], rows),
+            context_lens=_padded([row.start_tokens for row in plan.rows], rows),
+            bucket=plan.bucket,
+        )
+
+    def _slots(self, rows: Rows[Row], length: int) -> I32:
+        return _padded([row.sequence.slot for row in rows], length, self._layout.pad_slot)
+
+    def _sampling(self, rows: Rows[Row], return_logits: bool) -> SamplingBatch:
+        slots = np.array([row.sequence.slot for row in rows], np.intp)
+        starts, ids, values = _biases(rows, self._features)
+        floats = {name: column[slots] for name, column in self._floats.items()}
+        return SamplingBatch(
+            features=frozenset().union(*{self._features[slot] for slot in slots.tolist()}),
+            top_k=self._top_k[slots],
+            seeds=self._seeds[slots],
+            positions=np.array([row.start_tokens + row.num_tokens for row in rows], np.int64),
+            bias_starts=starts,
+            bias_ids=ids,
+            bias_values=values,
+            num_logprobs=self._num_logprobs[slots],
+            processed_logprobs=self._processed[slots],
+            return_logits=return_logits,
+            **floats,
+        )
+
+
+def histories(rows: Rows[Row]) -> list[History]:
+    """The tokens before each sampled row's draw, for sampling on the host. Needs every token to be known."""
+    return [
+        History(
+            np.array(row.sequence.token_ids[: row.start_tokens + row.num_tokens], np.int32),
+            row.sequence.num_prompt_tokens,
+        )
+        for row in rows
+        if row.sample
+    ]
+
+
+def _tokens(row: Row) -> I32:
+    """The row's token ids; a last one that is still on the device is TOKEN_ON_DEVICE."""
+    known = row.sequence.token_ids[row.start_tokens : row.start_tokens + row.num_tokens]
+    out = np.full(row.num_tokens, TOKEN_ON_DEVICE, np.int32)
+    out[: len(known)] = known
+    return out
+
+
+def _last_token(row: Row) -> int:
+    token_ids = row.sequence.token_ids
+    return token_ids[row.start_tokens] if row.start_tokens < len(token_ids) else TOKEN_ON_DEVICE
+
+
+def _biases(rows: Rows[Row], features: Rows[frozenset[str]]) -> tuple[I32, I32, np.ndarray]:
+    """bias_starts, bias_ids, bias_values: the client's logit bias, and stop tokens banned by min_new_tokens."""
+    starts = np.zeros(len(rows) + 1, np.int32)
+    ids: list[int] = []
+    values: list[float] = []
+    for i, row in enumerate(rows):
+        sequence = row.sequence
+        if "logit_bias" in features[sequence.slot]:
+            ids += sequence.sampling.logit_bias.keys()
+            values += sequence.sampling.logit_bias.values()
+            num_generated = row.start_tokens + row.num_tokens - sequence.num_prompt_tokens
+            if num_generated < sequence.sampling.min_new_tokens:
+                ids += sequence.stop_token_ids
+                values += [-np.inf] * len(sequence.stop_token_ids)
+        starts[i + 1] = len(ids)
+    return starts, _i32(ids), np.array(values, np.float32)
+
+
+def _padded(values: list[int], length: int, fill: int = 0) -> I32:
+    out = np.full(length, fill, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def _i32(values: Rows[int]) -> I32:
+    return np.array(values, np.int32)

@@ -1,0 +1,269 @@
+"""The engine: requests in, tokens out, one step at a time. `Engine.step` is the whole loop.
+
+Knows the scheduler, the backend's hooks and token ids. It does not know sockets, text or hardware: `receive` and
+`publish` are handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..backend.plugins import Backend
+from ..backend.records import Capabilities, DecodeBatch, KVLayout, SamplingBatch, SamplingCaps, StepHandle, StepOutput
+from ..backend.sampling import sample
+from ..messages import Cancel, FinishReason, SamplingParams, Stats, Submit, ToEngine, TokenEvent
+from .batching import Batcher, features_of, histories
+from .kv_cache import BlockPool
+from .scheduler import MustDrain, Plan, Scheduler
+from .sequence import Sequence, State
+
+Receive = Callable[[bool], Iterable[tuple[int, ToEngine]]]
+"""Called with True when the engine is idle and may wait a while; yields (client, message)."""
+Publish = Callable[[int, list[TokenEvent]], None]
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step and what was asked of it."""
+
+    plan: Plan
+    handle: StepHandle
+    sampling: SamplingBatch
+    padded_tokens: int
+
+    @property
+    def on_host(self) -> bool:
+        return self.sampling.return_logits
+
+
+class Engine:
+    """Runs sequences on one backend until told otherwise."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        capabilities: Capabilities,
+        layout: KVLayout,
+        receive: Receive,
+        publish: Publish,
+        prefix_cache: bool = True,
+        ageing_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.capabilities = capabilities
+        self.layout = layout
+        self._backend = backend
+        self._receive = receive
+        self._publish = publish
+        self._ageing_s = ageing_s
+        self._clock = clock
+        paged = capabilities.kv.kind == "paged"
+        self.pool = BlockPool(layout.num_blocks, layout.block_tokens, prefix_cache and paged)
+        self._batcher = Batcher(layout, capabilities)
+        self.scheduler = Scheduler(capabilities, self.pool, layout.num_slots, self._batcher.slot_left)
+        self._sequences: dict[tuple[int, str], Sequence] = {}
+        self._in_flight: deque[InFlight] = deque()
+        self._events: defaultdict[int, list[TokenEvent]] = defaultdict(list)
+        self._count: defaultdict[str, int] = defaultdict(int)
+        self._device_s = 0.0
+
+    # --- The loop -------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Receive, schedule, submit, collect, publish.
+
+        At async depth 1 the next step is launched before the previous one is read back; a step that samples on
+        the host, and a scheduler that must preempt, wait for what is in flight.
+        """
+        for client, message in self._receive(self.is_idle):
+            self._take(client, message)
+        launched = self._launch()
+        depth = self.capabilities.async_depth if launched and not self._in_flight[-1].on_host else 0
+        while len(self._in_flight) > depth:
+            self._collect()
+        for client, events in self._events.items():
+            self._publish(client, events)
+        self._events.clear()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._sequences and not self._in_flight
+
+    def drop_client(self, client: int) -> None:
+        """A connection is gone: cancel all it asked for."""
+        for owner, request_id in [key for key in self._sequences if key[0] == client]:
+            self._cancel(owner, request_id)
+
+    @property
+    def stats(self) -> Stats:
+        return Stats(
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            blocks_used=self.pool.num_used,
+            blocks_total=self.pool.num_total,
+            requests_preempted=self.scheduler.num_preemptions,
+            device_s=self._device_s,
+            **self._count,
+        )
+
+    def check(self) -> None:
+        """Assert the invariants that hold between steps."""
+        self.scheduler.check()
+
+    # --- Receive --------------------------------------------------------------------------------------------
+
+    def _take(self, client: int, message: ToEngine) -> None:
+        if isinstance(message, Cancel):
+            self._cancel(client, message.request_id)
+            return
+        refusal = self.refusal(message)
+        if refusal is None and (client, message.request_id) in self._sequences:
+            refusal = ("request_id", f"request_id {message.request_id!r} is already in use")
+        if refusal is not None:
+            field, why = refusal
+            event = TokenEvent(message.request_id, finish_reason="error", error=why, error_field=field)
+            self._events[client].append(event)
+            return
+        sequence = Sequence(message, client, self._clock(), self._ageing_s)
+        sequence.samples_on_host = not samples_on_device(message.sampling, self.capabilities.sampling)
+        self._sequences[client, message.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def _cancel(self, client: int, request_id: str) -> None:
+        sequence = self._sequences.pop((client, request_id), None)
+        if sequence is not None:
+            self.scheduler.finish(sequence)
+
+    def refusal(self, request: Submit) -> tuple[str, str] | None:
+        """(field, sentence) if the request can never be served here, else None."""
+        known, new = len(request.token_ids), request.max_new_tokens
+        prompt = request.num_prompt_tokens or known
+        limit = self.capabilities.limits.max_model_tokens
+        if known == 0 or prompt > known:
+            return "token_ids", f"token_ids has {known} tokens, the prompt {prompt}; at least 1 is needed"
+        if new <= known - prompt:
+            return "max_new_tokens", f"max_new_tokens is {new}, which allows no further token"
+        if prompt + new > limit:
+            return "max_new_tokens", f"prompt ({prompt} tokens) plus max_new_tokens ({new}) exceeds {limit}"
+        caps = self.capabilities.sampling
+        if not caps.returns_logits and not samples_on_device(request.sampling, caps):
+            return "sampling", f"{self.capabilities.backend} cannot sample with {sorted(features_of(request.sampling))}"
+        total = prompt + new
+        why = self.scheduler.refusal(known, total)
+        return ("max_new_tokens", f"the request {why}") if why else None
+
+    # --- Schedule and submit --------------------------------------------------------------------------------
+
+    def _launch(self) -> bool:
+        """Plan and launch a step; False if there is nothing to launch now."""
+        try:
+            plan = self.scheduler.schedule(can_preempt=not self._in_flight)
+        except MustDrain:
+            return False
+        if plan is None:
+            return False
+        on_host = any(row.sample and row.sequence.samples_on_host for row in plan.rows)
+        for row in plan.rows:
+            if row.sequence.queue_s is None:
+                self._started(row.sequence)
+        batch, sampling = self._batcher.build(plan, return_logits=on_host)
+        if isinstance(batch, DecodeBatch):
+            handle = self._backend.decode(batch, sampling)
+        else:
+            handle = self._backend.prefill(batch, sampling)
+        self._in_flight.append(InFlight(plan, handle, sampling, len(batch.token_ids) - plan.extent.tokens))
+        return True
+
+    def _started(self, sequence: Sequence) -> None:
+        sequence.queue_s = self._clock() - sequence.arrival_s
+        self._count["prompt_tokens"] += sequence.num_prompt_tokens
+        self._count["cached_tokens"] += sequence.num_cached_tokens
+
+    # --- Collect --------------------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Read the oldest step back and commit its tokens."""
+        step = self._in_flight.popleft()
+        output = step.handle.result()
+        if step.on_host:
+            output = self._sample_on_host(step, output)
+        self._note(step, output)
+        index = 0
+        for row in step.plan.rows:
+            if row.sample:
+                if row.sequence.state is not State.FINISHED:
+                    self._commit(row.sequence, output, index)
+                index += 1
+            self.scheduler.collected(row)
+
+    def _sample_on_host(self, step: InFlight, output: StepOutput) -> StepOutput:
+        """The core's own sampler on the logits the device returned."""
+        assert output.logits is not None, "the step was asked for logits"
+        drawn = sample(output.logits, step.sampling, histories(step.plan.rows))
+        return StepOutput(
+            output.step, drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, device_s=output.device_s
+        )
+
+    def _commit(self, sequence: Sequence, output: StepOutput, index: int) -> None:
+        """Append the token drawn for a live sequence, decide whether it ends, tell the client."""
+        token_id = int(output.token_ids[index])
+        sequence.token_ids.append(token_id)
+        sequence.num_in_flight -= 1
+        self._count["generated_tokens"] += 1
+        reason = _finish_reason(sequence, token_id)
+        logprobs, top = _logprobs(sequence.sampling, output, index)
+        first = sequence.num_generated_tokens == 1
+        self._events[sequence.client].append(
+            TokenEvent(
+                sequence.request_id,
+                [token_id],
+                logprobs,
+                top,
+                reason,
+                queue_s=sequence.queue_s if first else None,
+                num_cached_tokens=sequence.num_cached_tokens if first else 0,
+            )
+        )
+        if reason is not None:
+            self._count["requests_finished"] += 1
+            del self._sequences[sequence.client, sequence.request_id]
+            self.scheduler.finish(sequence)
+
+    def _note(self, step: InFlight, output: StepOutput) -> None:
+        self._count["prefill_steps" if step.plan.phase == "prefill" else "decode_steps"] += 1
+        self._count["step_tokens"] += step.plan.extent.tokens
+        self._count["padded_tokens"] += step.padded_tokens
+        self._count["compiled_shapes"] += output.compiled
+        self._device_s += output.device_s
+
+
+def samples_on_device(params: SamplingParams, caps: SamplingCaps) -> bool:
+    """True if the device's own sampler can do all that these parameters ask for."""
+    if not features_of(params) <= caps.features:
+        return False
+    if caps.max_top_k is not None and params.temperature > 0 and params.top_k > caps.max_top_k:
+        return False
+    return caps.max_top_logprobs is None or params.num_logprobs <= caps.max_top_logprobs
+
+
+def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
+    if token_id in sequence.stop_token_ids:
+        return "stop_token"
+    return "length" if sequence.num_generated_tokens >= sequence.max_new_tokens else None
+
+
+def _logprobs(
+    params: SamplingParams, output: StepOutput, index: int
+) -> tuple[list[float] | None, list[list[tuple[int, float]]] | None]:
+    """The event's logprob fields for one sampled row."""
+    if params.num_logprobs < 0 or output.logprobs is None:
+        return None, None
+    chosen = [float(output.logprobs[index])]
+    if output.top_ids is None or output.top_logprobs is None:
+        return chosen, [[]]
+    k = params.num_logprobs
+    ids, values = output.top_ids[index, :k].tolist(), output.top_logprobs[index, :k].tolist()
+    return chosen, [list(zip(ids, values, strict=True))]

@@ -1,0 +1,305 @@
+"""Who runs next, and when blocks move. Plain integers; knows no device, no text and no clock.
+
+Every sequence has tokens known and tokens computed; a step closes some of the gaps within the device's shapes and
+a token budget that counts padding. Decode rows come first, then prompts in order of rank, split into chunks where
+the device can. Where it can mix, both share a step; where it cannot, prefill and decode take turns.
+
+Rank (sequence.py) is arrival plus priority with ageing, so the waiting queue is a heap with fixed keys, nobody waits
+for ever, and the sequence of best rank is never preempted while another runs.
+
+Blocks: a prompt is admitted when blocks for all its known tokens are free, and takes them at once; only decoding needs
+more later. When those run out, the running sequence of worst rank goes back to waiting and is recomputed
+(its published blocks usually survive in the prefix index). Source: preemption by recompute as in vLLM (arXiv
+2309.06180), chunked prefill as in Sarathi-Serve (arXiv 2403.02310).
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ..backend.records import Bucket, Capabilities
+from .kv_cache import BlockPool
+from .sequence import Sequence, State
+from .shapes import Extent, Phase, ShapeTable
+
+
+@dataclass(slots=True)
+class Row:
+    """A sequence's part in a step: compute `num_tokens` from `start_tokens` on; sample if that reaches the end."""
+
+    sequence: Sequence
+    start_tokens: int
+    num_tokens: int
+    sample: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a step will do. Rows that decode stand before rows that prefill."""
+
+    phase: Phase
+    rows: list[Row] = field(default_factory=list)
+    extent: Extent = field(default_factory=Extent)
+    bucket: Bucket | None = None
+    cost_tokens: int = 0
+
+
+class MustDrain(Exception):
+    """No plan now: blocks have run out and a victim may have a step in flight. Collect what is in flight first."""
+
+
+class Scheduler:
+    """Waiting and running sequences, slots and blocks.
+
+    `on_leave(slot)` is called when a sequence gives its slot back, so that the backend can be told.
+    """
+
+    def __init__(
+        self, capabilities: Capabilities, pool: BlockPool, num_slots: int, on_leave: Callable[[int], None]
+    ) -> None:
+        self.pool = pool
+        self.shapes = ShapeTable(capabilities.shapes, capabilities.limits)
+        self.mixed = capabilities.mixed
+        self.preempts = capabilities.kv.kind == "paged"  # a slot's line is all a sequence ever needs
+        self.chunk_tokens = capabilities.limits.chunk_tokens
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._waiting: list[tuple[float, int, Sequence]] = []
+        self._num_added = 0
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._on_leave = on_leave
+        self._decode_turn = False  # the last prefill left decode rows behind
+        self._num_steps = 0
+        self.num_waiting = 0
+
+    # --- Coming and going -----------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence into the queue."""
+        self.pool.extend_keys(sequence.block_keys, sequence.token_ids)
+        self._enqueue(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence in any state. What it holds goes back once no launched step names it."""
+        if sequence.state is State.WAITING:
+            self.num_waiting -= 1
+            sequence.token_ids = array("i")  # its heap entry stays until it comes up, without the prompt
+        was_running = sequence.state is State.RUNNING
+        sequence.state = State.FINISHED
+        if was_running and sequence.steps_in_flight == 0:
+            self._release(sequence)
+
+    def collected(self, row: Row) -> None:
+        """A launched step with this row is done: publish what it computed, release a sequence that has ended."""
+        sequence = row.sequence
+        sequence.steps_in_flight -= 1
+        # A cancelled sequence may have computed one token that it was never told.
+        num_tokens = min(row.start_tokens + row.num_tokens, len(sequence.token_ids))
+        self._publish(sequence, num_tokens // self.pool.block_tokens)
+        if sequence.state is State.FINISHED and sequence.steps_in_flight == 0:
+            self._release(sequence)
+
+    def _publish(self, sequence: Sequence, num_full_blocks: int) -> None:
+        """Put full, computed blocks into the prefix index."""
+        if num_full_blocks > sequence.num_published_blocks:
+            self.pool.extend_keys(sequence.block_keys, sequence.token_ids)
+            for i in range(sequence.num_published_blocks, num_full_blocks):
+                self.pool.publish(sequence.block_ids[i], sequence.block_keys[i])
+            sequence.num_published_blocks = num_full_blocks
+
+    def refusal(self, num_prompt_tokens: int, num_total_tokens: int) -> str | None:
+        """Why a request could never finish on this device, or None. `num_total_tokens` is prompt plus new tokens.
+
+        Looks at the request alone: alone, it always gets its turn.
+        """
+        blocks = self.pool.blocks_for(num_total_tokens)
+        if blocks > self.pool.num_total:
+            capacity = self.pool.num_total * self.pool.block_tokens
+            return f"needs {num_total_tokens} tokens of KV cache, which holds {capacity}"
+        if self.shapes.cost("decode", Extent().plus(1, blocks, False)) is None:
+            return f"reaches {num_total_tokens} tokens of context, which no shape of this device holds"
+        # A preempted sequence comes back as a longer prompt.
+        longest = num_total_tokens if self.preempts else num_prompt_tokens
+        step = min(longest, self.chunk_tokens) if self.chunk_tokens else longest
+        if self.shapes.cost("prefill", Extent().plus(step, blocks, True)) is None:
+            return (
+                f"needs a prefill of {step} tokens with {blocks} blocks of context, which no shape of this device holds"
+            )
+        return None
+
+    # --- The plan -------------------------------------------------------------------------------------------
+
+    def schedule(self, can_preempt: bool) -> Plan | None:
+        """Plan the next step and take the blocks it needs; None if there is nothing to do.
+
+        Raises:
+            MustDrain: `can_preempt` is False (steps are in flight) and a decode row finds no block.
+        """
+        self._reserve_decode_blocks(can_preempt)
+        decoding = [s for s in self.running if s.is_decoding and not s.has_all_tokens]
+        # Who has waited longest comes first, should a device not take all rows at once.
+        decoding.sort(key=lambda s: (s.last_step, s.rank))
+        plan = None
+        if not (self._decode_turn and decoding):
+            plan = self._plan_prefill(decoding)
+        if plan is not None:
+            self._decode_turn = len(plan.rows) - plan.extent.prompts < len(decoding)
+        else:
+            plan = self._plan_decode(decoding)
+            self._decode_turn = False
+        return self._launch(plan) if plan is not None and plan.rows else None
+
+    def _plan_decode(self, decoding: Iterable[Sequence]) -> Plan:
+        plan = Plan("decode")
+        for sequence in decoding:
+            self._try_add(plan, sequence, 1, prompt=False)
+        return plan
+
+    def _plan_prefill(self, decoding: Iterable[Sequence]) -> Plan | None:
+        """A step with at least one prompt row, or None."""
+        plan = Plan("prefill")
+        prompts = sorted((s for s in self.running if not s.is_decoding and s.gap_tokens > 0), key=lambda s: s.rank)
+        if not prompts and self._admissible() is None:
+            return None
+        if self.mixed:
+            for sequence in decoding:
+                # Leave room for a piece of a prompt, else mixing would keep prompts out for ever.
+                if self.shapes.room("prefill", plan.extent.plus(1, 0, False)) >= max(self.chunk_tokens, 1):
+                    self._try_add(plan, sequence, 1, prompt=False)
+        for sequence in prompts:
+            self._try_add_chunk(plan, sequence)
+        while self._admit_next(plan):
+            pass
+        return plan if plan.extent.prompts else None
+
+    def _try_add(self, plan: Plan, sequence: Sequence, num_tokens: int, prompt: bool) -> bool:
+        """Add a row if the device can run the batch with it."""
+        end = sequence.num_computed_tokens + num_tokens
+        extent = plan.extent.plus(num_tokens, self.pool.blocks_for(end), prompt)
+        cost = self.shapes.cost(plan.phase, extent)
+        if cost is None:
+            return False
+        plan.extent, plan.cost_tokens = extent, cost
+        plan.rows.append(Row(sequence, sequence.num_computed_tokens, num_tokens, end == sequence.num_known_tokens))
+        return True
+
+    def _try_add_chunk(self, plan: Plan, sequence: Sequence) -> bool:
+        """Add as much of a prompt as fits, whole or as a chunk the device allows."""
+        room = self.shapes.room(plan.phase, plan.extent)
+        if sequence.gap_tokens <= room and self._try_add(plan, sequence, sequence.gap_tokens, prompt=True):
+            return True
+        if self.chunk_tokens == 0:
+            return False
+        pieces = min(room, sequence.gap_tokens - 1) // self.chunk_tokens
+        while pieces > 0:
+            if self._try_add(plan, sequence, pieces * self.chunk_tokens, prompt=True):
+                return True
+            pieces //= 2  # a narrower shape may still hold a shorter chunk
+        return False
+
+    def _launch(self, plan: Plan) -> Plan:
+        """Count the plan's tokens as computed: from here on they are as of the launched step."""
+        self._num_steps += 1
+        plan.bucket = self.shapes.bucket(plan.phase, plan.extent)
+        for row in plan.rows:
+            sequence = row.sequence
+            sequence.num_computed_tokens += row.num_tokens
+            sequence.num_in_flight += row.sample
+            sequence.steps_in_flight += 1
+            sequence.started = True
+            sequence.last_step = self._num_steps
+        return plan
+
+    # --- Admission and preemption ---------------------------------------------------------------------------
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.state = State.WAITING
+        self._num_added += 1
+        self.num_waiting += 1
+        heapq.heappush(self._waiting, (sequence.rank, self._num_added, sequence))
+
+    def _next_waiting(self) -> Sequence | None:
+        while self._waiting and self._waiting[0][2].state is not State.WAITING:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][2] if self._waiting else None
+
+    def _admissible(self) -> tuple[Sequence, list[int], int] | None:
+        """The head of the queue, the blocks it finds in the prefix index, and how many more it needs.
+
+        None if there is no slot or too few blocks for it: then all behind it wait too, so that a long prompt is
+        not overtaken for ever.
+        """
+        sequence = self._next_waiting()
+        if sequence is None or not self._free_slots:
+            return None
+        hits = self.pool.match(sequence.block_keys[: (sequence.num_known_tokens - 1) // self.pool.block_tokens])
+        needed = self.pool.blocks_for(sequence.num_known_tokens) - len(hits)
+        if needed > self.pool.num_free - sum(self.pool.is_free(block) for block in hits):
+            return None
+        return sequence, hits, needed
+
+    def _admit_next(self, plan: Plan) -> bool:
+        """Give the head of the queue a row in the plan, and with it slot and blocks; False if it has to wait."""
+        candidate = self._admissible()
+        if candidate is None:
+            return False
+        sequence, hits, needed = candidate
+        sequence.num_computed_tokens = len(hits) * self.pool.block_tokens
+        if not self._try_add_chunk(plan, sequence):
+            sequence.num_computed_tokens = 0
+            return False
+        heapq.heappop(self._waiting)
+        self.num_waiting -= 1
+        self.pool.share(hits)
+        fresh = self.pool.allocate(needed)
+        assert fresh is not None
+        sequence.block_ids = hits + fresh
+        sequence.num_published_blocks = len(hits)
+        sequence.num_cached_tokens = len(hits) * self.pool.block_tokens
+        sequence.slot = self._free_slots.pop()
+        sequence.state = State.RUNNING
+        self.running.append(sequence)
+        return True
+
+    def _lacks_block(self, sequence: Sequence) -> bool:
+        if sequence.has_all_tokens or not sequence.is_decoding:
+            return False
+        return self.pool.blocks_for(sequence.num_known_tokens) > len(sequence.block_ids)
+
+    def _reserve_decode_blocks(self, can_preempt: bool) -> None:
+        """See that every decode row has a block for its new token, best rank first; preempt worst rank if need be."""
+        for sequence in sorted(filter(self._lacks_block, self.running), key=lambda s: s.rank):
+            while sequence.state is State.RUNNING:
+                fresh = self.pool.allocate(1)
+                if fresh is not None:
+                    sequence.block_ids += fresh
+                    break
+                if not can_preempt:
+                    raise MustDrain
+                self._preempt(max(self.running, key=lambda s: s.rank))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue; its tokens stay, its KV is recomputed."""
+        self._release(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._enqueue(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take slot and blocks back. Only without a step in flight that names them."""
+        self.running.remove(sequence)
+        self.pool.release(sequence.block_ids)
+        self._free_slots.append(sequence.slot)
+        self._on_leave(sequence.slot)
+        sequence.leave_device()
+
+    def check(self) -> None:
+        """Assert that blocks and slots are where they should be."""
+        self.pool.check([s.block_ids for s in self.running])
+        slots = [s.slot for s in self.running] + self._free_slots
+        assert len(slots) == len(set(slots)), "a slot is held twice"
+        waiting = sum(s.state is State.WAITING for _, _, s in self._waiting)
+        assert waiting == self.num_waiting, "the queue lost count"

@@ -1,0 +1,118 @@
+"""One request's life in the engine: waiting, running, finished."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+
+from ..messages import FinishReason, SamplingParams, Submit
+from .kv_cache import BlockKey
+
+
+class State(enum.Enum):
+    WAITING = "waiting"  # no slot, no blocks: new, or preempted
+    RUNNING = "running"  # has a slot and blocks
+    FINISHED = "finished"  # no more steps; slot and blocks go back when its last step in flight is collected
+
+
+class Sequence:
+    """Tokens known, tokens computed, and what the sequence holds on the device.
+
+    There are no phases: a step closes the gap between `num_known_tokens` and `num_computed_tokens`. Both are as
+    of the last launched step, so with a step in flight they run ahead of `token_ids` by `num_in_flight` tokens.
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "block_ids",
+        "block_keys",
+        "client",
+        "finish_reason",
+        "last_step",
+        "max_new_tokens",
+        "num_announced_blocks",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_in_flight",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_published_blocks",
+        "priority",
+        "queue_s",
+        "rank",
+        "request_id",
+        "samples_on_host",
+        "sampling",
+        "slot",
+        "started",
+        "state",
+        "steps_in_flight",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(self, request: Submit, client: int, arrival_s: float, ageing_s: float) -> None:
+        self.request_id = request.request_id
+        self.client = client  # which connection the events go to
+        self.token_ids = array("i", request.token_ids)
+        self.num_prompt_tokens = request.num_prompt_tokens or len(request.token_ids)
+        self.max_new_tokens = request.max_new_tokens
+        self.sampling: SamplingParams = request.sampling
+        self.samples_on_host = False  # asks for something the device's sampler lacks
+        self.stop_token_ids = frozenset(request.stop_token_ids)
+        self.priority = request.priority
+        self.arrival_s = arrival_s
+        # Everybody who waits ages at the same rate, so ageing is a constant: arriving one ageing_s earlier is
+        # worth one priority level, for ever. Lower runs first.
+        self.rank = arrival_s + request.priority * ageing_s
+        self.state = State.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.slot = -1
+        self.block_ids: list[int] = []
+        self.block_keys: list[BlockKey] = []  # of the leading full blocks of token_ids
+        self.num_published_blocks = 0  # leading blocks that the prefix index has
+        self.num_announced_blocks = 0  # leading blocks the backend's table has
+        self.num_cached_tokens = 0  # found in the prefix cache when it was last admitted
+        self.num_computed_tokens = 0
+        self.num_in_flight = 0  # tokens drawn by launched steps that are not in token_ids yet
+        self.steps_in_flight = 0
+        self.num_preemptions = 0
+        self.started = False  # has had its first step in this slot
+        self.last_step = 0  # number of the last step it was part of
+        self.queue_s: float | None = None
+
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def gap_tokens(self) -> int:
+        """Known tokens that are not computed."""
+        return self.num_known_tokens - self.num_computed_tokens
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """True when the last token it may have is known or in flight: nothing is left to launch."""
+        return self.num_known_tokens - self.num_prompt_tokens >= self.max_new_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """True when the next step is one token that continues what this slot has already computed.
+
+        A sequence's first step in a slot is always a prefill, even if a prefix hit leaves a single token.
+        """
+        return self.started and self.gap_tokens == 1
+
+    def leave_device(self) -> None:
+        """Forget slot, blocks and computed tokens; the caller has given them back."""
+        self.slot = -1
+        self.block_ids = []
+        self.num_published_blocks = 0
+        self.num_announced_blocks = 0
+        self.num_computed_tokens = 0
+        self.num_in_flight = 0
+        self.started = False

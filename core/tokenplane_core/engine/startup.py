@@ -1,0 +1,117 @@
+"""From an EngineConfig to a loaded backend with a KV cache: load, size the cache, allocate, warm up."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from ..backend.errors import ConfigError, OutOfMemory
+from ..backend.plugins import Backend, open_backend
+from ..backend.records import SAMPLING_FEATURES, Capabilities, KVLayout, LoadOptions
+from ..config import EngineConfig
+from ..messages import EngineInfo
+from .shapes import ShapeTable
+
+
+@dataclass(frozen=True)
+class Started:
+    backend: Backend
+    capabilities: Capabilities
+    layout: KVLayout
+    info: EngineInfo
+
+
+def start_backend(config: EngineConfig) -> Started:
+    """Load the model and allocate its cache.
+
+    Raises:
+        BackendError, ConfigError: with the sentence the user should read. The process is to end.
+    """
+    start_s = time.monotonic()
+    backend = open_backend(config.backend)
+    options = LoadOptions(
+        device_index=config.device_index,
+        num_threads=config.num_threads,
+        max_step_tokens=config.max_step_tokens,
+        max_sequences=config.max_sequences,
+    )
+    capabilities = backend.load(config.model, options)
+    layout = size_cache(capabilities, config)
+    backend.kv_alloc(layout)
+    backend.warmup()
+    return Started(backend, capabilities, layout, _info(config, capabilities, layout, time.monotonic() - start_s))
+
+
+def size_cache(capabilities: Capabilities, config: EngineConfig) -> KVLayout:
+    """How many blocks and slots to ask for: what all slots could ever need, or as much as the memory holds.
+
+    Raises:
+        ConfigError: kv_cache_tokens does not fit; names the numbers.
+        OutOfMemory: not even one sequence's worth fits.
+    """
+    kv, limits = capabilities.kv, capabilities.limits
+    num_slots = min(limits.max_sequences, config.max_sequences or limits.max_sequences)
+    if num_slots < 1:
+        raise ConfigError(f"--max-batch-size is {config.max_sequences}; at least 1 is needed")
+    affordable = kv.budget_bytes // kv.block_bytes
+    per_sequence = -(-limits.max_model_tokens // kv.block_tokens)
+    if kv.kind == "slot":
+        num_slots = min(num_slots, affordable)
+        wanted = num_slots
+    elif config.kv_cache_tokens is not None:
+        wanted = -(-config.kv_cache_tokens // kv.block_tokens)
+        if wanted + 1 > affordable:
+            raise ConfigError(
+                f"--max-batch-total-tokens is {config.kv_cache_tokens}, which takes {wanted * kv.block_bytes:,} bytes;"
+                f" {kv.budget_bytes:,} bytes are free for the KV cache:"
+                f" lower it to {max(affordable - 1, 0) * kv.block_tokens}"
+            )
+    else:
+        wanted = min(num_slots * per_sequence, affordable - 1)
+    if wanted < 1:
+        raise OutOfMemory(
+            f"no room for a KV cache: one block of {kv.block_tokens} tokens takes {kv.block_bytes:,} bytes,"
+            f" {kv.budget_bytes:,} bytes are free; lower --max-total-tokens or use a smaller model or dtype"
+        )
+    return KVLayout(
+        num_blocks=wanted + 1,  # one more for padding
+        block_tokens=kv.block_tokens,
+        num_slots=num_slots,
+        max_blocks_per_sequence=per_sequence,
+    )
+
+
+def _info(config: EngineConfig, caps: Capabilities, layout: KVLayout, load_s: float) -> EngineInfo:
+    limits, sampling = caps.limits, caps.sampling
+    shapes = ShapeTable(caps.shapes, limits)
+    unlimited = sampling.returns_logits  # the host samples what the device cannot
+    return EngineInfo(
+        model_id=config.model.model_id,
+        backend=caps.backend,
+        backend_version=caps.version,
+        device=caps.device.name,
+        device_kind=caps.device.kind,
+        device_notes=caps.device.notes,
+        dtype=caps.dtype,
+        vocab_size=config.model.vocab_size,
+        max_model_tokens=limits.max_model_tokens,
+        max_sequences=layout.num_slots,
+        max_step_tokens=limits.max_step_tokens,
+        kv_kind=caps.kv.kind,
+        num_blocks=layout.num_blocks - 1,
+        block_tokens=layout.block_tokens,
+        block_bytes=caps.kv.block_bytes,
+        weights_bytes=caps.weights_bytes,
+        prefix_cache=config.prefix_cache and caps.kv.kind == "paged",
+        async_depth=caps.async_depth,
+        mixed=caps.mixed,
+        shape_mode=caps.shapes.mode,
+        sampling_features=sorted(SAMPLING_FEATURES if unlimited else sampling.features),
+        max_top_logprobs=-1
+        if sampling.returns_logits or sampling.max_top_logprobs is None
+        else sampling.max_top_logprobs,
+        kernels=dict(caps.kernels),
+        load_s=load_s,
+        max_request_tokens=min(limits.max_model_tokens, (layout.num_blocks - 1) * layout.block_tokens),
+        max_prompt_tokens=shapes.longest_prompt(limits.chunk_tokens > 0, limits.max_model_tokens),
+    )

@@ -1,0 +1,363 @@
+"""The laws every backend keeps. Each is a function of a `Subject`, raises AssertionError when broken and NotApplicable
+when the backend declares that it cannot do what the law is about.
+
+They run the core's own engine over the plugin, twice in different circumstances, and demand the same text. A law says
+nothing about which text is right: that is what a backend's own tests against the model's reference are for.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import msgspec
+
+from ..backend.plugins import Backend, installed
+from ..backend.records import SAMPLING_FEATURES, Capabilities, ModelSpec, SamplingCaps
+from ..messages import SamplingParams
+from .runner import LocalEngine
+
+VENDOR_LIBRARIES = ("torch", "transformers", "jax", "torch_xla", "habana_frameworks", "torch_neuronx", "triton")
+
+
+class NotApplicable(Exception):
+    """The backend does not claim what this law is about; the message says which claim is missing."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backend under test: how to make its plugin object, and the model it runs."""
+
+    name: str
+    make_plugin: Callable[[], object]
+    model: ModelSpec
+
+    def engine(self, **options: Any) -> LocalEngine:
+        """A freshly loaded engine; options as LocalEngine's."""
+        return LocalEngine(self.make_plugin, self.model, self.name, **options)
+
+    def prompts(self, count: int, seed: int = 0, longest: int = 96) -> list[list[int]]:
+        """Random prompts of mixed length; the first has a single token."""
+        rng = random.Random(f"{self.name} {seed}")
+        longest = min(longest, self.model.max_model_tokens // 3)
+        lengths = [1] + [rng.randint(1, longest) for _ in range(count - 1)]
+        return [[rng.randrange(self.model.vocab_size) for _ in range(length)] for length in lengths]
+
+
+Law = Callable[[Subject], None]
+LAWS: dict[str, Law] = {}
+
+
+def law(function: Law) -> Law:
+    """Add a function to LAWS under its name."""
+    LAWS[function.__name__] = function
+    return function
+
+
+def _singly(subject: Subject, prompts: list[list[int]], num_tokens: int, **options: Any) -> list[list[int]]:
+    """Each prompt alone, in an engine without prefix cache: the plainest circumstances."""
+    engine = subject.engine(prefix_cache=False, async_depth=0, **options)
+    texts = [engine.generate([prompt], num_tokens)[0] for prompt in prompts]
+    engine.close()
+    return texts
+
+
+def _same(got: list[list[int]], expected: list[list[int]], circumstance: str) -> None:
+    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        if ours != theirs:
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            at = next((k for k, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+            raise AssertionError(
+                f"{circumstance}: prompt {i} differs from token {at} on:"
+                f" {ours[at : at + 8]} instead of {theirs[at : at + 8]}"
+            )
+
+
+# --- Being found --------------------------------------------------------------------------------------------
+
+
+@law
+def detect_is_quick_and_clear(subject: Subject) -> None:
+    """detect() answers within two seconds, with devices or with a reason."""
+    start_s = perf_counter()
+    report = Backend(subject.name, subject.make_plugin()).detect()
+    elapsed_s = perf_counter() - start_s
+    assert elapsed_s < 2, f"detect() took {elapsed_s:.1f} s"
+    assert (report.status == "found") == bool(report.devices), (
+        f"status {report.status} with {len(report.devices)} devices"
+    )
+    assert report.devices or report.reason, f"status {report.status} without a reason"
+
+
+@law
+def import_is_clean(subject: Subject) -> None:
+    """Importing the plugin and making its object loads no vendor library."""
+    point = installed().get(subject.name)
+    if point is None:
+        raise NotApplicable("the plugin is not installed as an entry point")
+    code = (
+        f"import sys, {point.module} as m; m.{point.attr}();"
+        f"print([name for name in {VENDOR_LIBRARIES!r} if name in sys.modules])"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.strip() == "[]", f"importing {point.value} loads {child.stdout.strip()}"
+
+
+@law
+def capabilities_are_honest(subject: Subject) -> None:
+    """What load() declares is consistent, and the declared extremes really run."""
+    engine = subject.engine()
+    caps = engine.capabilities
+    _consistent(caps)
+    vocab, longest = subject.model.vocab_size, caps.limits.max_model_tokens
+    full = engine.generate(subject.prompts(engine.engine.layout.num_slots, longest=8), 4)
+    assert all(len(text) == 4 for text in full), "a batch of max_sequences rows lost tokens"
+    capacity = min(longest, engine.engine.pool.num_total * engine.engine.layout.block_tokens)
+    text = engine.generate([[i % vocab for i in range(capacity - 2)]], 2)[0]
+    assert len(text) == 2, "a sequence of max_model_tokens lost tokens"
+    assert all(0 <= token < vocab for token in sum(full, text)), "a token outside the vocabulary"
+    engine.close()
+
+
+def _consistent(caps: Capabilities) -> None:
+    limits, shapes = caps.limits, caps.shapes
+    assert caps.sampling.features <= SAMPLING_FEATURES, (
+        f"unknown sampling features {caps.sampling.features - SAMPLING_FEATURES}"
+    )
+    for name in ("max_sequences", "max_step_tokens", "max_model_tokens", "max_prefill_rows"):
+        assert getattr(limits, name) >= 1, f"limits.{name} is {getattr(limits, name)}"
+    assert caps.kv.block_bytes > 0 and caps.kv.budget_bytes >= 0, "the KV cache has no size"
+    if caps.kv.kind == "slot":
+        assert caps.kv.block_tokens == limits.max_model_tokens, "a slot's line must hold max_model_tokens"
+    if shapes.mode == "hard":
+        rows = max((b.rows for b in shapes.buckets if b.phase == "decode"), default=0)
+        assert rows >= limits.max_sequences, f"max_sequences is {limits.max_sequences}, the widest decode bucket {rows}"
+
+
+# --- The same text in all circumstances ---------------------------------------------------------------------
+
+
+@law
+def batch_equals_singles(subject: Subject) -> None:
+    """Prompts of mixed length, run together, give what each gives alone."""
+    prompts = subject.prompts(9)
+    engine = subject.engine()
+    _same(engine.generate(prompts, 12), _singly(subject, prompts, 12), "in a batch")
+    engine.close()
+
+
+@law
+def chunked_prefill_equals_whole(subject: Subject) -> None:
+    """A prompt computed in pieces gives what it gives in one go."""
+    prompts = subject.prompts(5, seed=1, longest=200)
+    whole = _singly(subject, prompts, 8)
+    for max_step_tokens in (16, 48):
+        engine = subject.engine(max_step_tokens=max_step_tokens)
+        if engine.capabilities.limits.chunk_tokens == 0:
+            raise NotApplicable("limits.chunk_tokens is 0: prompts are never split")
+        _same(engine.generate(prompts, 8), whole, f"in steps of {engine.capabilities.limits.max_step_tokens} tokens")
+        engine.close()
+
+
+@law
+def prefix_hit_equals_recompute(subject: Subject) -> None:
+    """Tokens found in the cache serve as well as tokens computed anew, from prompts and from generated text."""
+    engine = subject.engine()
+    if not engine.engine.pool.prefix_cache:
+        raise NotApplicable("slot-addressed KV cannot be shared")
+    size = engine.engine.layout.block_tokens
+    if 2 * size + 16 > subject.model.max_model_tokens:
+        raise NotApplicable(f"max_model_tokens holds no two blocks of {size}")
+    rng = random.Random(2)
+    first = [rng.randrange(subject.model.vocab_size) for _ in range(size + 3)]
+    text = engine.generate([first], size)[0]
+    follow_up = first + text + [1]
+    prompts = [first, follow_up]
+    ids = [engine.submit(prompt, 8) for prompt in prompts]
+    engine.run()
+    hits = [engine.outcomes[i].num_cached_tokens for i in ids]
+    assert hits[0] >= size and hits[1] >= 2 * size, f"expected hits of {size} and {2 * size} tokens, got {hits}"
+    _same([engine.outcomes[i].token_ids for i in ids], _singly(subject, prompts, 8), "with a prefix hit")
+    engine.close()
+
+
+@law
+def preempted_equals_uninterrupted(subject: Subject) -> None:
+    """Sequences thrown out for lack of blocks and recomputed go on as if nothing had happened."""
+    probe = subject.engine()
+    if probe.capabilities.kv.kind == "slot":
+        raise NotApplicable("slot-addressed KV never runs out of blocks")
+    size, longest = probe.engine.layout.block_tokens, subject.model.max_model_tokens
+    probe.close()
+    # Three prompts of just under a block that each grow into their second: four blocks hold two of them.
+    prompts = [p[:1] * (size - 2) for p in subject.prompts(3, seed=3)]
+    num_tokens = min(6, longest - size)
+    engine = subject.engine(kv_cache_tokens=4 * size)
+    got = engine.generate(prompts, num_tokens)
+    assert engine.engine.stats.requests_preempted > 0, "nothing was preempted: the law has lost its subject"
+    _same(got, _singly(subject, prompts, num_tokens), "after preemption")
+    engine.close()
+
+
+@law
+def padding_changes_nothing(subject: Subject) -> None:
+    """Batches of every size up to 9 give what single rows give, whatever bucket they are padded to."""
+    engine = subject.engine(prefix_cache=False)
+    if not engine.capabilities.shapes.buckets:
+        raise NotApplicable("no buckets: nothing is ever padded")
+    prompts = subject.prompts(9, seed=4)
+    singles = _singly(subject, prompts, 5)
+    for count in range(2, 10):
+        _same(engine.generate(prompts[:count], 5), singles[:count], f"in a batch of {count}")
+    engine.close()
+
+
+@law
+def slot_reuse_leaks_nothing(subject: Subject) -> None:
+    """A sequence does not notice who had its slot and its blocks before."""
+    prompts = subject.prompts(6, seed=5)
+    engine = subject.engine(max_sequences=1, prefix_cache=False)
+    _same([engine.generate([p], 6)[0] for p in prompts], _singly(subject, prompts, 6), "in a used slot")
+    engine.close()
+
+
+@law
+def neighbours_do_not_disturb(subject: Subject) -> None:
+    """A long sequence keeps its text while others come, finish and are cancelled around it."""
+    prompts = subject.prompts(13, seed=6, longest=40)
+    num_tokens = min(48, subject.model.max_model_tokens - 41)
+    engine = subject.engine()
+    long_id = engine.submit(prompts[0], num_tokens)
+    for i, prompt in enumerate(prompts[1:]):
+        short_id = engine.submit(prompt, 4)
+        for _ in range(3):
+            engine.step()
+        if i % 3 == 0:
+            engine.cancel(short_id)
+    engine.run()
+    _same([engine.outcomes[long_id].token_ids], _singly(subject, prompts[:1], num_tokens), "among changing neighbours")
+    engine.close()
+
+
+@law
+def async_depth_changes_nothing(subject: Subject) -> None:
+    """Launching a step before the last one is read back gives the same text."""
+    engine = subject.engine()
+    if engine.capabilities.async_depth == 0:
+        raise NotApplicable("async_depth is 0")
+    prompts = subject.prompts(7, seed=7)
+    one_by_one = subject.engine(async_depth=0)
+    _same(engine.generate(prompts, 10), one_by_one.generate(prompts, 10), "at async depth 1")
+    engine.close()
+    one_by_one.close()
+
+
+@law
+def no_compile_after_warmup(subject: Subject) -> None:
+    """A device of compiled shapes compiles nothing while it serves."""
+    engine = subject.engine()
+    if engine.capabilities.shapes.mode != "hard":
+        raise NotApplicable("shapes are not hard")
+    for seed in range(3):
+        engine.generate(subject.prompts(4 + 3 * seed, seed=seed), 4)
+    assert engine.engine.stats.compiled_shapes == 0, (
+        f"{engine.engine.stats.compiled_shapes} shapes compiled while serving"
+    )
+    engine.close()
+
+
+@law
+def close_twice_is_fine(subject: Subject) -> None:
+    """close() may be called again, and before load()."""
+    engine = subject.engine()
+    engine.generate(subject.prompts(1), 1)
+    engine.close()
+    engine.close()
+    Backend(subject.name, subject.make_plugin()).close()
+
+
+# --- Sampling -----------------------------------------------------------------------------------------------
+
+SAMPLING_CASES = {
+    "temperature": SamplingParams(temperature=0.8),
+    "top_k": SamplingParams(temperature=1.0, top_k=5),
+    "top_p": SamplingParams(temperature=1.1, top_p=0.6),
+    "min_p": SamplingParams(temperature=1.0, min_p=0.2),
+    "typical_p": SamplingParams(temperature=0.9, typical_p=0.5),
+    "repetition_penalty": SamplingParams(repetition_penalty=1.7),
+    "presence_penalty": SamplingParams(presence_penalty=1.5),
+    "frequency_penalty": SamplingParams(temperature=0.7, frequency_penalty=0.9),
+    "logit_bias": SamplingParams(temperature=1.0, logit_bias={0: 3.0, 1: float("-inf"), 2: -2.5}),
+    "logprobs": SamplingParams(temperature=0.9, num_logprobs=4),
+    "processed_logprobs": SamplingParams(temperature=0.9, top_k=20, num_logprobs=4, processed_logprobs=True),
+    "all": SamplingParams(
+        temperature=1.2,
+        top_k=30,
+        top_p=0.9,
+        min_p=0.01,
+        typical_p=0.95,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        logit_bias={3: 1.5},
+        num_logprobs=2,
+    ),
+}
+
+
+@law
+def seed_means_the_same_everywhere(subject: Subject) -> None:
+    """A seeded draw does not depend on the batch, on chunks or on what ran before."""
+    prompts = subject.prompts(6, seed=8)
+    engine = subject.engine()
+    ids = [engine.submit(p, 8, SamplingParams(temperature=1.0, seed=100 + i)) for i, p in enumerate(prompts)]
+    engine.run()
+    alone = subject.engine(prefix_cache=False, async_depth=0)
+    for i, prompt in enumerate(prompts):
+        expected = alone.generate([prompt], 8, SamplingParams(temperature=1.0, seed=100 + i))
+        _same([engine.outcomes[ids[i]].token_ids], expected, f"seed {100 + i} in a batch")
+    engine.close()
+    alone.close()
+
+
+@law
+def sampler_keeps_the_law(subject: Subject) -> None:
+    """The device draws what the reference sampler draws from the device's own logits, and reports its logprobs."""
+    device = subject.engine()
+    if not device.capabilities.sampling.returns_logits:
+        raise NotApplicable("sampling.returns_logits is False: there is nothing to compare with")
+    host = subject.engine(adjust=lambda caps: replace(caps, sampling=SamplingCaps(frozenset())))
+    prompts = subject.prompts(4, seed=9, longest=24)
+    for name, params in SAMPLING_CASES.items():
+        results = []
+        for engine in (device, host):
+            ids = [engine.submit(p, 6, replace_seed(params, 7 * i)) for i, p in enumerate(prompts)]
+            engine.run()
+            results.append([engine.outcomes[i] for i in ids])
+        _same([o.token_ids for o in results[0]], [o.token_ids for o in results[1]], f"sampling with {name}")
+        for ours, theirs in zip(*results, strict=True):
+            assert len(ours.logprobs) == len(theirs.logprobs), f"{name}: {len(ours.logprobs)} logprobs for 6 tokens"
+            assert _close(ours.logprobs, theirs.logprobs), (
+                f"{name}: logprobs {ours.logprobs} instead of {theirs.logprobs}"
+            )
+            for mine, other in zip(ours.top_logprobs, theirs.top_logprobs, strict=True):
+                assert _close([v for _, v in mine], [v for _, v in other]), (
+                    f"{name}: top logprobs {mine} instead of {other}"
+                )
+    device.close()
+    host.close()
+
+
+def replace_seed(params: SamplingParams, seed: int) -> SamplingParams:
+    """The same parameters with another seed."""
+    return msgspec.structs.replace(params, seed=seed)
+
+
+def _close(ours: list[float], theirs: list[float], tolerance: float = 1e-3) -> bool:
+    return all(a == b or abs(a - b) <= tolerance * max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
