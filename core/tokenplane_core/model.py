@@ -14,8 +14,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # What the architectures call the same thing, most usual name first.
 _ALIASES = {
-    "num_layers": ("num_hidden_layers", "n_layer", "n_layers"),
-    "num_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "num_kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "hidden": ("hidden_size", "n_embd", "d_model"),
     "max_tokens": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"),

@@ -69,6 +69,7 @@ class Engine:
         self._events: defaultdict[int, list[TokenEvent]] = defaultdict(list)
         self._count: defaultdict[str, int] = defaultdict(int)
         self._device_s = 0.0
+        self._num_arrived = 0
 
     # --- The loop -------------------------------------------------------------------------------------------
 
@@ -127,7 +128,8 @@ class Engine:
             event = TokenEvent(message.request_id, finish_reason="error", error=why, error_field=field)
             self._events[client].append(event)
             return
-        sequence = Sequence(message, client, self._clock(), self._ageing_s)
+        self._num_arrived += 1
+        sequence = Sequence(message, client, self._num_arrived, self._clock(), self._ageing_s)
         sequence.samples_on_host = not samples_on_device(message.sampling, self.capabilities.sampling)
         self._sequences[client, message.request_id] = sequence
         self.scheduler.add(sequence)

@@ -67,8 +67,7 @@ class Scheduler:
         self.chunk_tokens = capabilities.limits.chunk_tokens
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._waiting: list[tuple[float, int, Sequence]] = []
-        self._num_added = 0
+        self._waiting: list[tuple[tuple[float, int], Sequence]] = []
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._on_leave = on_leave
         self._decode_turn = False  # the last prefill left decode rows behind
@@ -217,14 +216,13 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
-        self._num_added += 1
         self.num_waiting += 1
-        heapq.heappush(self._waiting, (sequence.rank, self._num_added, sequence))
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
 
     def _next_waiting(self) -> Sequence | None:
-        while self._waiting and self._waiting[0][2].state is not State.WAITING:
+        while self._waiting and self._waiting[0][1].state is not State.WAITING:
             heapq.heappop(self._waiting)
-        return self._waiting[0][2] if self._waiting else None
+        return self._waiting[0][1] if self._waiting else None
 
     def _admissible(self) -> tuple[Sequence, list[int], int] | None:
         """The head of the queue, the blocks it finds in the prefix index, and how many more it needs.
@@ -301,5 +299,5 @@ class Scheduler:
         self.pool.check([s.block_ids for s in self.running])
         slots = [s.slot for s in self.running] + self._free_slots
         assert len(slots) == len(set(slots)), "a slot is held twice"
-        waiting = sum(s.state is State.WAITING for _, _, s in self._waiting)
+        waiting = sum(s.state is State.WAITING for _, s in self._waiting)
         assert waiting == self.num_waiting, "the queue lost count"

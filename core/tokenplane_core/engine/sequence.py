@@ -51,7 +51,7 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Submit, client: int, arrival_s: float, ageing_s: float) -> None:
+    def __init__(self, request: Submit, client: int, number: int, arrival_s: float, ageing_s: float) -> None:
         self.request_id = request.request_id
         self.client = client  # which connection the events go to
         self.token_ids = array("i", request.token_ids)
@@ -63,8 +63,8 @@ class Sequence:
         self.priority = request.priority
         self.arrival_s = arrival_s
         # Everybody who waits ages at the same rate, so ageing is a constant: arriving one ageing_s earlier is
-        # worth one priority level, for ever. Lower runs first.
-        self.rank = arrival_s + request.priority * ageing_s
+        # worth one priority level, for ever. Lower runs first; `number` is unique and breaks ties.
+        self.rank = (arrival_s + request.priority * ageing_s, number)
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None
         self.slot = -1

@@ -153,6 +153,26 @@ def batch_equals_singles(subject: Subject) -> None:
 
 
 @law
+def decode_equals_prefill(subject: Subject) -> None:
+    """Every token that decoding gave is the token a prefill of all before it gives."""
+    engine = subject.engine(prefix_cache=False)
+    # Two prompts whose texts cross into new blocks together, whatever the block size: one alone would not notice
+    # that its new block is the padding block.
+    boundary = min(engine.engine.layout.block_tokens, subject.model.max_model_tokens - 20)
+    crossing = [[i % base for i in range(max(boundary - 9, 1))] for base in (5, 7)]
+    prompts = [*subject.prompts(3, seed=10, longest=40), *crossing]
+    texts = engine.generate(prompts, 20)
+    for k in (1, 2, 7, 18, 19):
+        longer = [prompt + text[:k] for prompt, text in zip(prompts, texts, strict=True)]
+        _same(
+            engine.generate(longer, 1),
+            [text[k : k + 1] for text in texts],
+            f"prefilled instead of decoded ({k} tokens)",
+        )
+    engine.close()
+
+
+@law
 def chunked_prefill_equals_whole(subject: Subject) -> None:
     """A prompt computed in pieces gives what it gives in one go."""
     prompts = subject.prompts(5, seed=1, longest=200)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tokenplane_core.backend.plugins import ask, load_plugin
-from tokenplane_core.backend.records import Device, ModelSpec
-from tokenplane_core.kit.checkpoint import CONFIG, write_tiny_llama
+from tokenplane_core.kit.checkpoint import write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
 from tokenplane_core.model import describe_model
 
@@ -20,20 +19,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def subject(backend_name: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = request.config.getoption("--tokenplane-model")
+    return make_subject(backend_name, Path(folder) if folder else write_tiny_llama(tmp_path_factory.mktemp("llama")))
+
+
+def make_subject(backend_name: str, folder: Path) -> Subject:
+    """An installed backend with the model in `folder`; float32 where the device has it, since the laws compare texts."""
     answer = ask(backend_name)
     assert answer.report.status == "found", f"{backend_name} is {answer.report.status}: {answer.report.reason}"
-    folder = request.config.getoption("--tokenplane-model")
-    model = _model(Path(folder) if folder else None, tmp_path_factory, answer.report.devices[0])
+    dtypes = answer.report.devices[0].dtypes
+    model = describe_model(folder, dtype="float32" if "float32" in dtypes else dtypes[0])
     return Subject(backend_name, lambda: load_plugin(backend_name), model)
-
-
-def _model(folder: Path | None, tmp_path_factory: pytest.TempPathFactory, device: Device) -> ModelSpec:
-    """float32 where the device has it: the laws compare texts."""
-    dtype = "float32" if "float32" in device.dtypes else device.dtypes[0]
-    if folder is None:
-        folder = write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
-        return describe_model(folder, dtype=dtype, max_model_tokens=int(str(CONFIG["max_position_embeddings"])))
-    return describe_model(folder, dtype=dtype)
 
 
 def test_law(subject: Subject, law_name: str) -> None:

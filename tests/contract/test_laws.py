@@ -1,0 +1,30 @@
+"""Every backend that runs here keeps the laws of the conformance kit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tokenplane_core.kit.checkpoint import write_tiny_llama
+from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
+from tokenplane_core.kit.suite import make_subject
+
+BACKENDS = ("cpu", "simulated-cuda", "simulated-tpu", "simulated-gaudi", "simulated-neuron")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return make_subject(request.param, _folder(tmp_path_factory))
+
+
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.mark.parametrize("law_name", LAWS)
+def test_backend_keeps(subject: Subject, law_name: str) -> None:
+    try:
+        LAWS[law_name](subject)
+    except NotApplicable as reason:
+        pytest.skip(str(reason))

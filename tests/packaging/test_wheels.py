@@ -1,0 +1,100 @@
+"""`tokenplane[cpu]` installs from its wheels into a clean environment and answers a request there."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DISTRIBUTIONS = (".", "core", "api", "backends/torch", "backends/cpu")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new virtual environment with tokenplane[cpu], installed from wheels built here."""
+    wheels = tmp_path_factory.mktemp("wheels")
+    for folder in DISTRIBUTIONS:
+        run(sys.executable, "-m", "build", "--wheel", "--outdir", str(wheels), str(ROOT / folder))
+    assert len(list(wheels.glob("*.whl"))) == len(DISTRIBUTIONS)
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    constraints = ROOT / "constraints.txt"
+    # Which torch is a question of the machine (constraints.txt); the wheels only say what range they run on.
+    run(
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-c",
+        str(constraints),
+        "--find-links",
+        str(wheels),
+        "tokenplane[cpu]",
+    )
+    return home
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=clean_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+def test_the_installed_server_answers_a_chat_request(environment: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        str(environment / "bin" / "tokenplane"), "serve", "--model-id", str(ROOT / "models" / "demo"),
+        "--backend", "cpu", "--hostname", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=clean_environment(), cwd=tmp_path)
+    try:
+        wait_until_ready(port, server, log)
+        body = {"model": "tgi", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 20, "temperature": 0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        assert answer["choices"][0]["message"]["content"].strip()
+        assert answer["usage"]["completion_tokens"] > 0
+    finally:
+        server.terminate()
+        assert server.wait(timeout=30) == 0, log.read_text()
+
+
+def wait_until_ready(port: int, server: subprocess.Popen[bytes], log: Path, limit_s: float = 120) -> None:
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"not ready after {limit_s} s:\n{log.read_text()}")
+
+
+def test_devices_lists_the_installed_plugins(environment: Path) -> None:
+    answers = json.loads(run(str(environment / "bin" / "tokenplane"), "devices", "--json"))
+    assert "cpu" in json.dumps(answers)
