@@ -305,7 +305,7 @@ class EngineClient:
             ready_since_s = time.monotonic()
             await self._wait_for_end(lost)
             self._is_ready = False
-            await self._stop_process()
+            await self._stop_process(grace_s=0)
             if time.monotonic() - ready_since_s > HEALTHY_AFTER_S:
                 backoff_s = FIRST_BACKOFF_S
             self._fail_repeat_offenders()
@@ -318,7 +318,7 @@ class EngineClient:
                     break
                 except TokenplaneError as error:
                     log.error("the engine did not come back (next try in %.1f s): %s", backoff_s, error)
-                    await self._stop_process()
+                    await self._stop_process(grace_s=0)
                     self._fail_all(EngineFailed(f"the engine did not come back: {error}"))
             log.info("the engine is back, continuing %d requests", len(self._live))
             for stream in self._live.values():
@@ -337,8 +337,8 @@ class EngineClient:
                 log.error("the engine process died with %d requests in flight: it is replaced", len(self._live))
                 return
 
-    async def _stop_process(self) -> None:
-        """Close the connection, which asks the process to end; kill it if it does not."""
+    async def _stop_process(self, grace_s: float = 5.0) -> None:
+        """Close the connection, which asks the process to end; kill it if it does not within the grace."""
         self._is_ready = False
         if self._transport is not None:
             self._transport.abort()
@@ -346,7 +346,7 @@ class EngineClient:
         if self._process is None:
             return
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(grace_s):
                 await self._process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):

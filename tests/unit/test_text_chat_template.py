@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.model_folder import CHATML_TEMPLATE, make_text_model
 from tokenplane_api.text import chat_template as module
 from tokenplane_api.text.chat_template import ChatTemplate, TemplateError
@@ -90,7 +91,7 @@ CHAT: list[dict[str, Any]] = [
 ]
 UNFINISHED = [*CHAT, {"role": "assistant", "content": "You are wel "}]
 TOOLS = [{"type": "function", "function": {"name": "zählen", "parameters": {"type": "object", "b": 1, "a": "<&>"}}}]
-TOKENS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+TOKENS: dict[str, Any] = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
 
 
 @pytest.fixture(scope="module")

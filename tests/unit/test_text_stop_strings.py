@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from tokenplane_api.text.stop_strings import StopStrings
 
 
@@ -21,6 +22,7 @@ def run(pieces: list[str], stops: list[str], keep_stop: bool = False) -> tuple[s
     return text + strings.flush(), strings.hit
 
 
+@settings(deadline=None)
 @given(
     pieces=st.lists(st.text("ab\n", max_size=4), max_size=20),
     stops=st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4),
@@ -37,6 +39,7 @@ def test_any_split_gives_what_the_whole_text_gives(pieces: list[str], stops: lis
         assert run(pieces, stops, keep_stop) == (text[: end if keep_stop else start], stop)
 
 
+@settings(deadline=None)
 @given(
     text=st.text("abc", max_size=30),
     stops=st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=3),

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models
+
 from helpers.model_folder import make_text_model
 from helpers.small_tokenizers import byte_fallback_tokenizer
-from tokenizers import AddedToken, Tokenizer, models
 from tokenplane_api.text.tokenizer import TextTokenizer
 from tokenplane_core.backend.errors import ConfigError, InvalidRequest
 
@@ -63,11 +64,14 @@ def test_huge_max_length_means_none(tmp_path: Path) -> None:
     assert TextTokenizer.load(tmp_path).max_length_tokens is None
 
 
-def test_another_tokenizer_config_replaces_the_folders(folder: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_config_wins_where_it_says_something(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}, "bos_token": "<|im_start|>"}))
     tokenizer = TextTokenizer.load(folder, other)
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|endoftext|>")
+    assert tokenizer.max_length_tokens == 2048
+    other.write_text(json.dumps({"chat_template": "only this"}))
+    assert TextTokenizer.load(folder, other).eos_token == "<|im_end|>"
 
 
 def test_tokens_that_the_config_names_are_special_and_keep_their_id(tmp_path: Path) -> None:
@@ -78,7 +82,7 @@ def test_tokens_that_the_config_names_are_special_and_keep_their_id(tmp_path: Pa
     config = {"eos_token": "<|turn|>", "pad_token": "<|missing|>", "additional_special_tokens": ["<|im_start|>"]}
     change_json(tmp_path / "tokenizer_config.json", **config)
     tokenizer = TextTokenizer.load(tmp_path)
-    turn, note = plain.token_to_id("<|turn|>"), plain.token_to_id("<|note|>")
+    turn, note = (plain.get_vocab()[content] for content in ("<|turn|>", "<|note|>"))
     assert tokenizer.is_special(turn)
     assert not tokenizer.is_special(note)
     assert tokenizer.vocab_size == plain.get_vocab_size(), "a name that the vocabulary lacks gets no id"

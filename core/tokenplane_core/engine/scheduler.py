@@ -138,7 +138,7 @@ class Scheduler:
             MustDrain: `can_preempt` is False (steps are in flight) and a decode row finds no block.
         """
         self._reserve_decode_blocks(can_preempt)
-        decoding = [s for s in self.running if s.is_decoding and not s.has_all_tokens]
+        decoding = [s for s in self._live() if s.is_decoding and not s.has_all_tokens]
         # Who has waited longest comes first, should a device not take all rows at once.
         decoding.sort(key=lambda s: (s.last_step, s.rank))
         plan = None
@@ -151,6 +151,10 @@ class Scheduler:
             self._decode_turn = False
         return self._launch(plan) if plan is not None and plan.rows else None
 
+    def _live(self) -> list[Sequence]:
+        """Running sequences without those that have ended and only wait for their last launched step."""
+        return [s for s in self.running if s.state is State.RUNNING]
+
     def _plan_decode(self, decoding: Iterable[Sequence]) -> Plan:
         plan = Plan("decode")
         for sequence in decoding:
@@ -160,7 +164,7 @@ class Scheduler:
     def _plan_prefill(self, decoding: Iterable[Sequence]) -> Plan | None:
         """A step with at least one prompt row, or None."""
         plan = Plan("prefill")
-        prompts = sorted((s for s in self.running if not s.is_decoding and s.gap_tokens > 0), key=lambda s: s.rank)
+        prompts = sorted((s for s in self._live() if not s.is_decoding and s.gap_tokens > 0), key=lambda s: s.rank)
         if not prompts and self._admissible() is None:
             return None
         if self.mixed:
@@ -269,7 +273,7 @@ class Scheduler:
 
     def _reserve_decode_blocks(self, can_preempt: bool) -> None:
         """See that every decode row has a block for its new token, best rank first; preempt worst rank if need be."""
-        for sequence in sorted(filter(self._lacks_block, self.running), key=lambda s: s.rank):
+        for sequence in sorted(filter(self._lacks_block, self._live()), key=lambda s: s.rank):
             while sequence.state is State.RUNNING:
                 fresh = self.pool.allocate(1)
                 if fresh is not None:

@@ -1,0 +1,19 @@
+"""From a model id to a local folder: a path as it is, anything else from the Hugging Face hub or its cache.
+
+Knows file names only; what is in the files is for `describe_model`, the tokenizer and the backend.
+"""
+
+from .errors import DiskFull, HubUnreachable, ModelGated, ModelNotFound, NoSafetensors
+from .folder import check_model_folder, model_sha
+from .resolve import resolve_model
+
+__all__ = [
+    "DiskFull",
+    "HubUnreachable",
+    "ModelGated",
+    "ModelNotFound",
+    "NoSafetensors",
+    "check_model_folder",
+    "model_sha",
+    "resolve_model",
+]
