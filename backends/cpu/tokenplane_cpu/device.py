@@ -1,0 +1,212 @@
+"""What this host is and what a process may use of it. Standard library only.
+
+Everything is read from /proc and /sys below a root that tests replace by a recorded tree. Where such files are
+missing (macOS, Windows), what Python itself knows stands in.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenplane_core.backend.records import DetectReport, Device
+
+SCORE = 1  # any accelerator scores higher
+
+# Flag in /proc/cpuinfo -> what people call it, weakest first. x86 says "flags", Arm says "Features".
+ISA = {
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx512_vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "amx_int8": "amx_int8",
+    "amx_bf16": "amx_bf16",
+    "asimd": "neon",
+    "sve": "sve",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+}
+NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    name: str
+    isa: tuple[str, ...]
+    cores: int  # that computing threads should use: physical, allowed by affinity and by cgroup
+    logical_cpus: int  # of the whole machine
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    total_bytes: int  # the machine's, or the tightest cgroup limit above this process
+    free_bytes: int  # of that, what could still be taken without swapping
+
+
+def detect(root: Path = Path("/")) -> DetectReport:
+    """There is always a CPU."""
+    host, memory = read_host(root), read_memory(root)
+    native_bf16 = not NATIVE_BF16.isdisjoint(host.isa)
+    device = Device(
+        kind="cpu",
+        index=0,
+        name=host.name,
+        arch="+".join((platform.machine() or "unknown", *host.isa)),
+        memory_total_bytes=memory.total_bytes,
+        dtypes=("bfloat16", "float32", "float16") if native_bf16 else ("float32", "bfloat16", "float16"),
+        score=SCORE,
+        memory_free_bytes=memory.free_bytes,
+        notes=f"{host.cores} of {host.logical_cpus} CPUs used, bfloat16 {'native' if native_bf16 else 'emulated'}",
+    )
+    return DetectReport("found", (device,))
+
+
+# --- Cores --------------------------------------------------------------------------------------------------
+
+
+def read_host(root: Path = Path("/")) -> Host:
+    cpus = _cpuinfo(root)
+    allowed = _allowed_cpus(root)
+    if allowed is None:
+        allowed = set(range(len(cpus) or os.cpu_count() or 1))
+    cores = min(_physical_cores(cpus, allowed), _quota_cpus(root))
+    first = cpus[0] if cpus else {}
+    flags = set((first.get("flags") or first.get("Features") or "").split())
+    return Host(
+        name=first.get("model name") or first.get("Model") or platform.processor() or platform.machine() or "CPU",
+        isa=tuple(name for flag, name in ISA.items() if flag in flags),
+        cores=max(1, cores),
+        logical_cpus=len(cpus) or os.cpu_count() or 1,
+    )
+
+
+def default_threads(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> int:
+    """Threads to compute with when nobody names a number: OMP_NUM_THREADS where it is set, else a thread per core."""
+    wanted = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else read_host(root).cores
+
+
+def _cpuinfo(root: Path) -> list[dict[str, str]]:
+    """One dict per logical CPU."""
+    cpus: list[dict[str, str]] = []
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if name == "processor":
+            cpus.append({})
+        if cpus and name:
+            cpus[-1][name] = value
+    return cpus
+
+
+def _allowed_cpus(root: Path) -> set[int] | None:
+    """CPU numbers this process may run on, or None where nobody says."""
+    for line in _text(root / "proc/self/status").splitlines():
+        if line.startswith("Cpus_allowed_list:"):
+            return set(_number_list(line.partition(":")[2]))
+    return None
+
+
+def _number_list(text: str) -> Iterator[int]:
+    """`0-3,8` as the kernel writes it."""
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.strip().isdigit():
+            yield from range(int(first), int(last or first) + 1)
+
+
+def _physical_cores(cpus: list[dict[str, str]], allowed: set[int]) -> int:
+    """Two threads on one core slow each other down in matrix products: count each core once."""
+    cores = {
+        (cpu.get("physical id"), cpu.get("core id", f"cpu {cpu['processor']}"))
+        for cpu in cpus
+        if cpu["processor"].isdigit() and int(cpu["processor"]) in allowed
+    }
+    return len(cores) or len(allowed)
+
+
+def _quota_cpus(root: Path) -> int:
+    """Whole CPUs of the tightest cgroup quota; a fraction of a CPU is not worth a thread that gets throttled."""
+    quotas = [1 << 16]
+    for folder in _cgroup_folders(root, ""):
+        quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+        if quota.isdigit() and period.isdigit():
+            quotas.append(int(quota) // int(period))
+    for folder in _cgroup_folders(root, "cpu"):
+        micros, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        if micros and period_us:
+            quotas.append(micros // period_us)
+    return max(1, min(quotas))
+
+
+# --- Memory -------------------------------------------------------------------------------------------------
+
+
+def read_memory(root: Path = Path("/")) -> Memory:
+    """The machine's memory, narrowed by every cgroup that holds this process."""
+    lines = re.findall(r"^(\w+): +(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
+    machine = {name: int(kib) * 1024 for name, kib in lines}
+    total = machine.get("MemTotal") or _sysconf_bytes("SC_PHYS_PAGES")
+    free = machine.get("MemAvailable") or _sysconf_bytes("SC_AVPHYS_PAGES") or total
+    for limit, used in _cgroup_memory(root):
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return Memory(total, free)
+
+
+def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used) in bytes of each cgroup with a limit. File cache the kernel would drop first is not used."""
+    for controller, limit_file, used_file in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        for folder in _cgroup_folders(root, controller):
+            limit, used = _number(folder / limit_file), _number(folder / used_file)
+            if limit is not None:
+                yield limit, max(0, (used or 0) - _inactive_file(folder))
+
+
+def _inactive_file(folder: Path) -> int:
+    """Version 1 counts the groups below under a name of its own, and its usage figure includes them."""
+    stat = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
+    return int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """The cgroup folder of this process and all above it; controller "" means version 2.
+
+    In a container the path of /proc/self/cgroup may lie outside what is mounted: folders that are not there are
+    passed over, the mount point itself always counts.
+    """
+    base = root / "sys/fs/cgroup"
+    for controllers, path in re.findall(r"^\d+:([^:]*):/(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE):
+        if controller in controllers.split(","):
+            mount = base / controllers if controller else base
+            if controller and not mount.is_dir():
+                mount = base / controller
+            inner = Path(path)
+            yield from (mount / part for part in (inner, *inner.parents) if ".." not in part.parts)
+
+
+def _number(file: Path) -> int | None:
+    text = _text(file).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _sysconf_bytes(pages: str) -> int:
+    try:
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
