@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tokenplane_api.app import create_app
-from tokenplane_api.server import listen, url_of
+from tokenplane_api.server import bind, url_of
 from tokenplane_api.service import Service
 from tokenplane_api.settings import Settings
 from tokenplane_api.text.chat_template import ChatTemplate
@@ -81,7 +81,7 @@ def live_server(
     chosen = Settings(model_id=MODEL_ID, **settings)
     client = EngineClient(config, chosen.max_concurrent_requests)
     app = create_app(client, TextTokenizer.load(folder), ChatTemplate.load(folder), chosen)
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
     os.environ["TOKENPLANE_SIMULATED_STEP_MS"] = str(step_ms)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), name="live-server")

@@ -1,0 +1,82 @@
+"""Puts the application together: routes, middleware, error handlers and the engine's life."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from tokenplane_core.backend.errors import RequestError
+from tokenplane_core.client import EngineClient
+
+from . import __version__, health
+from .auth import ApiKey
+from .errors import ApiError, ClientGone, as_api_error, describe_http_error, error_response
+from .openai import routes as openai_routes
+from .request_scope import RequestScope, record_of
+from .service import Service
+from .settings import Settings
+from .text.chat_template import ChatTemplate
+from .text.tokenizer import TextTokenizer
+from .tgi import routes as tgi_routes
+
+CLIENT_CLOSED_REQUEST = 499
+"""What the log shows for a client that left; nobody receives it."""
+
+
+def create_app(
+    engine: EngineClient, tokenizer: TextTokenizer, chat_template: ChatTemplate | None, settings: Settings
+) -> FastAPI:
+    """The ASGI application over an engine that has not been started.
+
+    Its lifespan starts the engine in the background and closes it; `app.state.service.starting()` tells how that went.
+    """
+    app = FastAPI(
+        title="Tokenplane",
+        version=__version__,
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.state.service = service = Service(engine, tokenizer, chat_template, settings)
+    app.include_router(health.router)
+    app.include_router(openai_routes.router)
+    app.include_router(tgi_routes.router)
+    for kind in (ApiError, RequestError, HTTPException, ClientGone):
+        app.add_exception_handler(kind, _on_error)
+    # The last one added is the outermost.
+    if settings.api_key is not None:
+        app.add_middleware(ApiKey, key=settings.api_key)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_allow_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["content-type", "authorization"],
+    )
+    app.add_middleware(RequestScope, metrics=service.metrics)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    service.starting()
+    try:
+        yield
+    finally:
+        await service.close()
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    record = record_of(request)
+    record.cancel()
+    if isinstance(error, ClientGone):
+        record.client_left = True
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    record.error = describe_http_error(request, error) if isinstance(error, HTTPException) else as_api_error(error)
+    return error_response(request.url.path, record.error)

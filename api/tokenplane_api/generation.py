@@ -1,0 +1,270 @@
+"""One sequence on its way from the engine to a client: token events in, pieces of text out.
+
+What both dialects share. Knows stop strings and incomplete characters, knows no JSON and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal, Protocol
+
+from tokenplane_core.messages import SamplingParams, Submit, TokenEvent
+
+from .errors import GENERATION, ApiError, invalid
+from .text.stop_strings import StopStrings
+from .text.stream_decoder import StreamDecoder
+from .text.tokenizer import TextTokenizer
+
+FinishReason = Literal["length", "eos_token", "stop_sequence"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """What to generate for one sequence, as both dialects convert it from their JSON."""
+
+    prompt_text: str  # "" if the client sent token ids
+    prompt_ids: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = False  # the stop string stays at the end of the text
+    ignore_eos: bool = False
+    wants_tokens: bool = False  # pieces list their tokens
+    wants_token_texts: bool = False  # ... with the text of each, special tokens included
+
+    def submit(self, request_id: str, stop_token_ids: list[int]) -> Submit:
+        return Submit(
+            request_id=request_id,
+            token_ids=self.prompt_ids,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            stop_token_ids=[] if self.ignore_eos else stop_token_ids,
+        )
+
+
+@dataclass(slots=True)
+class GeneratedToken:
+    id: int
+    logprob: float | None
+    top_logprobs: list[tuple[int, float]]
+    start: int  # where its text begins, in characters of the generated text
+    text: str = ""  # only with wants_token_texts
+    is_special: bool = False
+    is_stop: bool = False  # the token that ended the sequence; it adds nothing to the text
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one engine event added. `text` may be shown at once: no stop string can begin in it."""
+
+    text: str
+    tokens: list[GeneratedToken]
+    finish_reason: FinishReason | None
+
+
+class TokenStream(Protocol):
+    """The engine client's RequestStream."""
+
+    async def __anext__(self) -> TokenEvent: ...
+    def cancel(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Times:
+    """perf_counter() readings of one generation."""
+
+    arrived_s: float
+    queued_s: float = 0.0
+    started_s: float = 0.0  # the engine took it into its first step
+    first_token_s: float = 0.0
+    ended_s: float = 0.0
+
+
+class Generation:
+    """One request to the engine being read, as an async iterator of pieces.
+
+    Raises ApiError from iteration when the engine reports or suffers a failure. `cancel` may be called at any time,
+    any number of times, and must be called by whoever stops reading early.
+    """
+
+    def __init__(
+        self,
+        spec: GenerationSpec,
+        stream: TokenStream,
+        tokenizer: TextTokenizer,
+        times: Times,
+        on_finish: Callable[[Generation], None],
+    ) -> None:
+        self.spec = spec
+        self.times = times
+        self.num_tokens = 0  # generated, the stop token included
+        self.num_cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._stream = stream
+        self._tokenizer = tokenizer
+        self._on_finish = on_finish
+        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True, prompt_ids=spec.prompt_ids)
+        self._token_decoder = (
+            StreamDecoder(tokenizer, skip_special_tokens=False, prompt_ids=spec.prompt_ids)
+            if spec.wants_token_texts
+            else None
+        )
+        self._stops = StopStrings(spec.stop, keep_stop=spec.keep_stop)
+        self._num_decoded_chars = 0
+        self._num_given_chars = 0
+
+    def cancel(self) -> None:
+        self._stream.cancel()
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self.finish_reason is not None:
+            raise StopAsyncIteration
+        event = await self._stream.__anext__()
+        if event.finish_reason == "error":
+            if event.error_field:
+                raise invalid(event.error, event.error_field.removeprefix("sampling."))
+            raise ApiError(GENERATION, event.error, code="generation_failed")
+        if event.finish_reason == "cancelled":
+            raise ApiError(GENERATION, "the engine cancelled the request; the server is stopping", code="cancelled")
+        self._note_times(event)
+        piece = self._advance(event)
+        if piece.finish_reason is not None:
+            self.finish_reason = piece.finish_reason
+            self.times.ended_s = perf_counter()
+            self._on_finish(self)
+        return piece
+
+    def _note_times(self, event: TokenEvent) -> None:
+        if event.queue_s is not None:
+            self.times.started_s = self.times.queued_s + event.queue_s
+            self.num_cached_tokens = event.num_cached_tokens
+        if event.token_ids and not self.times.first_token_s:
+            self.times.first_token_s = perf_counter()
+
+    def _advance(self, event: TokenEvent) -> Piece:
+        """Decode the event's tokens up to a stop string, if one is hit."""
+        text: list[str] = []
+        tokens: list[GeneratedToken] = []
+        for i, token_id in enumerate(event.token_ids):
+            self.num_tokens += 1
+            is_stop = event.finish_reason == "stop_token" and i == len(event.token_ids) - 1
+            if self.spec.wants_tokens:
+                tokens.append(self._token(event, i, is_stop))
+            if not is_stop:
+                text.append(self._show(self._decoder.push(token_id)))
+            if self._stops.hit is not None:
+                self.cancel()
+                break
+        if self._stops.hit is None and event.finish_reason is not None:
+            text.append(self._finish_text(tokens))
+        piece = Piece("".join(text), tokens, self._finish_reason(event))
+        self._num_given_chars += len(piece.text)
+        if piece.finish_reason == "stop_sequence" and tokens and self.spec.wants_token_texts:
+            self._trim(tokens[-1])
+        return piece
+
+    def _show(self, text: str) -> str:
+        self._num_decoded_chars += len(text)
+        if self.num_tokens <= self.spec.sampling.min_new_tokens:
+            return text  # before that, nothing ends the answer
+        return self._stops.push(text) if text else ""
+
+    def _finish_text(self, tokens: list[GeneratedToken]) -> str:
+        """What the decoders and the stop strings still hold back when the engine says that it is over."""
+        text = self._show(self._decoder.flush())
+        if self._token_decoder is not None and tokens:
+            tokens[-1].text += self._token_decoder.flush()
+        return text if self._stops.hit is not None else text + self._stops.flush()
+
+    def _finish_reason(self, event: TokenEvent) -> FinishReason | None:
+        if self._stops.hit is not None:
+            return "stop_sequence"
+        match event.finish_reason:
+            case "stop_token":
+                return "eos_token"
+            case "length":
+                return "length"
+            case _:
+                return None
+
+    def _token(self, event: TokenEvent, i: int, is_stop: bool) -> GeneratedToken:
+        token_id = event.token_ids[i]
+        token = GeneratedToken(
+            id=token_id,
+            logprob=event.logprobs[i] if event.logprobs else None,
+            top_logprobs=event.top_logprobs[i] if event.top_logprobs else [],
+            start=self._num_decoded_chars,
+            is_stop=is_stop,
+        )
+        if self._token_decoder is not None:
+            token.text = self._token_decoder.push(token_id)
+            token.is_special = self._tokenizer.is_special(token_id)
+        return token
+
+    def _trim(self, last: GeneratedToken) -> None:
+        """The last token may reach beyond the stop string; the client sees the text end where it ends."""
+        surplus = self._num_decoded_chars - self._num_given_chars
+        if surplus > 0:
+            last.text = last.text[:-surplus]
+
+
+@dataclass(slots=True)
+class Output:
+    """A whole answer, collected."""
+
+    generation: Generation
+    text: str = ""
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.finish_reason = piece.finish_reason or self.finish_reason
+
+
+async def collect(generations: Sequence[Generation]) -> list[Output]:
+    """Read all generations to their ends; outputs are in their order."""
+    outputs = [Output(generation) for generation in generations]
+    async for index, piece in merge(generations):
+        outputs[index].add(piece)
+    return outputs
+
+
+async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Pieces of several generations as they come, each with its generation's index. The first failure ends all."""
+    if len(generations) == 1:
+        async for piece in generations[0]:
+            yield 0, piece
+        return
+    arrived: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+
+    async def pump(index: int, generation: Generation) -> None:
+        try:
+            async for piece in generation:
+                arrived.put_nowait((index, piece))
+            arrived.put_nowait(None)
+        except Exception as error:
+            arrived.put_nowait(error)
+
+    pumps = [asyncio.create_task(pump(i, generation)) for i, generation in enumerate(generations)]
+    try:
+        num_live = len(pumps)
+        while num_live:
+            item = await arrived.get()
+            if item is None:
+                num_live -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

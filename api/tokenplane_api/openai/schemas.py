@@ -1,0 +1,136 @@
+"""What OpenAI's routes take. Shapes only: ranges and combinations are checked in convert.py.
+
+Unknown fields are refused, as OpenAI does: a misspelt option must not be ignored in silence. Fields of servers that
+users come from (TGI, vLLM) are listed where we honour them, and in `NEUTRAL` where we cannot.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    include_usage: bool | None = None
+
+
+class TextPart(msgspec.Struct, frozen=True):
+    """One part of a message's content; other types than "text" are refused by name."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    tool_calls: Any = None
+    function_call: Any = None
+    audio: Any = None
+
+
+class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What both routes take."""
+
+    model: str | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+    # Not OpenAI's, but asked for by users of other servers.
+    ignore_eos: bool | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    top_k: int | None = None
+
+    # Accepted: they do not concern the answer.
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    user: str | None = None
+
+    # Not supported yet: see NEUTRAL.
+    best_of: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    response_format: Any = None
+    service_tier: Any = None
+    store: Any = None
+    structured_outputs: Any = None
+
+
+class ChatRequest(SamplingFields, frozen=True, kw_only=True):
+    messages: list[Message]
+    logprobs: bool | None = None
+    max_completion_tokens: int | None = None
+    top_logprobs: int | None = None
+
+    # As in vLLM. continue_final_message absent: exactly if the last message is the assistant's, as in TGI.
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+
+    # Without `tools` this has no effect.
+    parallel_tool_calls: bool | None = None
+    tool_prompt: str | None = None
+
+    audio: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
+    prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+
+    echo: Any = None
+    suffix: Any = None
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""Fields that cannot be honoured yet, with the values, besides null, that ask for nothing."""
+
+ChoiceFinish = Literal["stop", "length"]

@@ -1,0 +1,107 @@
+"""What every route works with: the engine, the text layer, the operator's settings and the counters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import TypeVar
+
+from tokenplane_core.client import EngineClient
+
+from .errors import NOT_READY, ApiError, invalid
+from .generation import Generation, GenerationSpec, Times
+from .metrics import Metrics
+from .request_scope import RequestRecord
+from .settings import Limits, Settings, limits_for
+from .text.chat_template import ChatTemplate
+from .text.tokenizer import TextTokenizer
+
+T = TypeVar("T")
+
+_INLINE_CHARS = 2000
+"""Text up to this length is tokenized at once (well under a millisecond); longer text in a worker thread."""
+
+
+class Service:
+    """One per application. `starting` brings the engine up; until then `limits` is None and requests are refused."""
+
+    def __init__(
+        self, engine: EngineClient, tokenizer: TextTokenizer, chat_template: ChatTemplate | None, settings: Settings
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.settings = settings
+        self.limits: Limits | None = None
+        self.metrics = Metrics(engine)
+        self._starting: asyncio.Task[None] | None = None
+        self._workers = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tokenize")
+
+    def starting(self) -> asyncio.Task[None]:
+        """The task that starts the engine; the first call creates it.
+
+        It ends when the engine serves, or with the TokenplaneError that says why it never will. In both cases `close`
+        is still to be called.
+        """
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        return self._starting
+
+    async def _start(self) -> None:
+        await self.engine.start()
+        self.limits = limits_for(self.settings, self.engine.info)
+        self.metrics.set_limits(self.limits)
+
+    async def close(self) -> None:
+        """End the engine, also one that is still starting."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        await self.engine.close()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.limits is not None and self.engine.is_ready
+
+    def require_ready(self) -> Limits:
+        """The limits of the running engine; raises ApiError (503) while there is none."""
+        if self.limits is None:
+            raise ApiError(NOT_READY, "the model is still loading; try again later", code="not_ready")
+        if not self.engine.is_ready:
+            raise ApiError(NOT_READY, "the engine is restarting; try again in a few seconds", code="not_ready")
+        return self.limits
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return await self.in_worker(len(text), lambda: self.tokenizer.encode(text, add_special_tokens))
+
+    async def in_worker(self, num_chars: int, work: Callable[[], T]) -> T:
+        """Run work whose cost grows with a text; only short texts on the event loop."""
+        if num_chars <= _INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+    def generate(self, specs: Sequence[GenerationSpec], record: RequestRecord, count_field: str) -> list[Generation]:
+        """Submit the sequences of one HTTP request, all or none.
+
+        count_field: the request field that made them so many, for the error message. The record cancels them when the
+        HTTP request is over, however it ends.
+
+        Raises:
+            RequestError: the engine refuses one of them; those already submitted are cancelled with the record.
+        """
+        most = self.settings.max_concurrent_requests
+        if len(specs) > most:
+            raise invalid(
+                f"`{count_field}` asks for {len(specs)} sequences, the limit is {most} (--max-concurrent-requests)",
+                count_field,
+            )
+        self.metrics.asked(len(specs) - 1)  # the route counted one on arrival
+        for i, spec in enumerate(specs):
+            self.metrics.received(spec)
+            times = Times(record.arrived_s, queued_s=perf_counter())
+            stream = self.engine.submit(spec.submit(f"{record.request_id}-{i}", self.tokenizer.stop_token_ids))
+            record.generations.append(Generation(spec, stream, self.tokenizer, times, self.metrics.succeeded))
+        return record.generations

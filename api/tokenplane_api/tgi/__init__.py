@@ -1,0 +1,1 @@
+"""TGI's own routes: /generate and its relatives."""

@@ -1,0 +1,235 @@
+"""`tokenplane serve` and `tokenplane devices` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tokenplane_api import __version__
+from tokenplane_api.cli import ANY_ADDRESS, _usable_hostname, main
+
+
+def run_cli(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, for a terminal of 80 columns."""
+    command = [sys.executable, "-m", "tokenplane_api.cli", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "80", **(environment or {})}
+    )
+
+
+class Serving:
+    """A running `tokenplane serve`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.url = ""
+
+    def read_until_ready(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
+            if found := re.search(r"Ready after [\d.]+ s: (\S+)", line):
+                self.url = found[1]
+                return
+        raise AssertionError(f"it ended with {self.process.wait()}: {self.lines}")
+
+    def read_rest(self) -> None:
+        assert self.process.stderr is not None
+        self.lines += [line.rstrip() for line in self.process.stderr]
+
+
+@contextmanager
+def serving(*arguments: str, **environment: str) -> Iterator[Serving]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokenplane_api.cli", "serve", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    running = Serving(process)
+    try:
+        running.read_until_ready()
+        yield running
+    finally:
+        watchdog.cancel()
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def test_it_serves_says_what_it_is_and_stops_when_told(model_folder: Path) -> None:
+    """Options come from the command line and the environment; SIGTERM lets the running stream finish."""
+    options = ["--model-id", str(model_folder), "--hostname", "127.0.0.1", "--max-input-tokens", "100"]
+    variables = {
+        "PORT": "0",
+        "TOKENPLANE_BACKEND": "simulated-cuda",
+        "MAX_TOTAL_TOKENS": "300",
+        "MAX_INPUT_TOKENS": "50",
+        "SERVED_MODEL_NAME": "demo",
+        "TOKENPLANE_SIMULATED_STEP_MS": "10",
+    }
+    with serving(*options, **variables) as running:
+        text = "\n".join(running.lines)
+        assert "simulated-cuda" in text and "KV cache: " in text and "float32" in text
+        assert "prompt 100 tokens (as given), with answer 300 (as given)" in text
+        with httpx.Client(base_url=running.url, timeout=30) as client:
+            info = client.get("/info").json()
+            assert (info["max_input_tokens"], info["max_total_tokens"]) == (100, 300), "the option wins"
+            body: dict[str, Any] = {"model": "demo", "prompt": "Go on.", "max_tokens": 100, "ignore_eos": True}
+            with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                running.process.send_signal(signal.SIGTERM)
+                assert list(lines)[-2:] == ["data: [DONE]", ""]
+        assert running.process.wait(timeout=30) == 0
+        running.read_rest()
+        assert running.lines[-1].endswith("Stopped")
+        assert not any("Traceback" in line or "ERROR" in line for line in running.lines)
+
+
+def test_the_grace_period_ends_what_takes_too_long(model_folder: Path) -> None:
+    options = ["--model-id", str(model_folder), "--backend", "simulated-cuda", "--hostname", "127.0.0.1", "-p", "0"]
+    with serving(*options, "-g", "1", TOKENPLANE_SIMULATED_STEP_MS="50") as running:
+        body: dict[str, Any] = {"prompt": "Go on.", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        with (
+            httpx.Client(timeout=30) as client,
+            client.stream("POST", f"{running.url}/v1/completions", json=body) as answer,
+        ):
+            next(answer.iter_lines())
+            running.process.send_signal(signal.SIGINT)
+            assert running.process.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--model-id", "/no/such/model"], 1, ["/no/such/model", "does not exist"]),
+        (["--backend", "cudda"], 1, ["cudda", "Installed:"]),
+        (["--device-index", "9"], 1, ["--device-index is 9"]),
+        (["--max-total-tokens", "99999"], 1, ["99999", "2048"]),
+        (["--max-total-tokens", "100", "--max-input-tokens", "100"], 1, ["--max-input-tokens is 100"]),
+        (["--max-batch-total-tokens", "64", "--max-total-tokens", "500"], 1, ["500", "64", "KV cache"]),
+        (["--tokenizer-config-path", "/no/such/file"], 1, ["/no/such/file"]),
+        (["--hostname", "no-such-host.invalid"], 1, ["no-such-host.invalid"]),
+        (["--api-key", " "], 1, ["--api-key"]),
+        (["--port", "70000"], 2, ["--port", "65535"]),
+        (["--dtype", "int3"], 2, ["int3", "bfloat16"]),
+        (["--max-batch-size", "0"], 2, ["--max-batch-size"]),
+        (["--no-such-option"], 2, ["--no-such-option"]),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_wrong_start_is_one_clear_sentence(
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    words: list[str],
+) -> None:
+    defaults = [
+        "--model-id",
+        str(model_folder),
+        "--backend",
+        "simulated-cuda",
+        "--hostname",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
+    monkeypatch.setattr(sys, "argv", ["tokenplane", "serve", *defaults, *arguments])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    said = capfd.readouterr().err
+    assert ending.value.code == code
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said
+    if code == 1:
+        last = said.strip().splitlines()[-1]
+        assert last.startswith("tokenplane: ")
+
+
+def test_a_busy_port_is_named(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        options = [
+            "--model-id",
+            str(model_folder),
+            "--backend",
+            "simulated-cuda",
+            "--hostname",
+            "127.0.0.1",
+            "-p",
+            port,
+        ]
+        monkeypatch.setattr(sys, "argv", ["tokenplane", "serve", *options])
+        with pytest.raises(SystemExit) as ending:
+            main()
+    assert ending.value.code == 1
+    said = capfd.readouterr().err
+    assert port in said and "in use" in said
+
+
+def test_a_host_name_in_the_environment_is_no_address() -> None:
+    assert _usable_hostname("pod-7f9c", is_from_environment=True) == ANY_ADDRESS
+    assert _usable_hostname("::1", is_from_environment=True) == "::1"
+    assert _usable_hostname("localhost", is_from_environment=False) == "localhost"
+
+
+def test_help_shows_every_option_whole_with_its_variable() -> None:
+    helped = run_cli("serve", "--help")
+    assert helped.returncode == 0
+    for heading in ("Model:", "Engine:", "Limits:", "HTTP:"):
+        assert heading in helped.stdout
+    options = set(re.findall(r"--[a-z][a-z-]+", helped.stdout))
+    for name in ("--max-concurrent-requests", "--graceful-termination-timeout", "--tokenizer-config-path"):
+        assert name in options
+    text = " ".join(helped.stdout.split())
+    for variable in (
+        "MODEL_ID",
+        "PORT",
+        "MAX_BATCH_PREFILL_TOKENS",
+        "GRACEFUL_TERMINATION_TIMEOUT",
+        "TOKENPLANE_BACKEND",
+    ):
+        assert f"env var: {variable}" in text
+    assert max(map(len, helped.stdout.splitlines())) <= 80
+
+
+def test_version_and_bare_command() -> None:
+    assert run_cli("--version").stdout.strip() == f"tokenplane {__version__}"
+    bare = run_cli()
+    assert bare.returncode == 2
+    assert "serve" in bare.stderr and "devices" in bare.stderr
+
+
+def test_devices_are_listed_for_people_and_for_programs() -> None:
+    listed = run_cli("devices")
+    assert listed.returncode == 0
+    assert "simulated-cuda" in listed.stdout.splitlines()[-1]
+    answers = {answer["backend"]: answer for answer in json.loads(run_cli("devices", "--json").stdout)["backends"]}
+    assert answers["simulated-cuda"]["status"] == "found"
+    assert answers["simulated-cuda"]["devices"][0]["kind"] == "simulated"
+    for name in set(answers) - {"simulated-cuda", "simulated-tpu", "simulated-gaudi", "simulated-neuron"}:
+        assert any(line.startswith(name) for line in listed.stdout.splitlines())

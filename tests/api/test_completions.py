@@ -1,0 +1,123 @@
+"""/v1/completions as the real OpenAI client sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from helpers.live_server import MODEL_ID, LiveServer
+
+
+def complete(client: openai.OpenAI, **options: Any) -> Any:
+    defaults: dict[str, Any] = {"model": MODEL_ID, "prompt": "A block of the cache", "max_tokens": 12, "temperature": 0}
+    return client.completions.create(**{**defaults, **options})
+
+
+def test_an_answer_has_text_and_usage(openai_client: openai.OpenAI, server: LiveServer) -> None:
+    answer = complete(openai_client)
+    assert answer.id.startswith("cmpl-")
+    assert (answer.object, answer.model) == ("text_completion", MODEL_ID)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.prompt_tokens == len(server.service.tokenizer.encode("A block of the cache"))
+    assert answer.usage.completion_tokens == 12
+
+
+def test_a_stream_is_the_answer_in_pieces(openai_client: openai.OpenAI) -> None:
+    whole = complete(openai_client, max_tokens=40)
+    chunks = list(complete(openai_client, max_tokens=40, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert {chunk.choices[0].finish_reason for chunk in chunks[:-1]} == {None}
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_streamed_usage_comes_last_and_without_choices(openai_client: openai.OpenAI) -> None:
+    *chunks, last = complete(openai_client, stream=True, stream_options={"include_usage": True})
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+    assert (last.choices, last.usage.completion_tokens) == ([], 12)
+
+
+def test_token_ids_are_a_prompt_too(openai_client: openai.OpenAI, server: LiveServer) -> None:
+    ids = server.service.tokenizer.encode("A block of the cache")
+    text = complete(openai_client)
+    assert complete(openai_client, prompt=ids).choices[0].text == text.choices[0].text
+    two = complete(openai_client, prompt=[ids, ids[:2]])
+    assert two.choices[0].text == text.choices[0].text
+    assert two.usage.prompt_tokens == len(ids) + 2
+
+
+def test_several_prompts_with_several_choices_are_in_order(openai_client: openai.OpenAI) -> None:
+    prompts = ["The scheduler", "def step", "Paris"]
+    singles = [complete(openai_client, prompt=prompt) for prompt in prompts]
+    together = complete(openai_client, prompt=prompts, n=2)
+    assert [choice.index for choice in together.choices] == list(range(6))
+    assert [choice.text for choice in together.choices] == [s.choices[0].text for s in singles for _ in range(2)]
+    assert together.usage.prompt_tokens == sum(single.usage.prompt_tokens for single in singles)
+    assert together.usage.completion_tokens == 72
+    texts = [""] * 6
+    for chunk in complete(openai_client, prompt=prompts, n=2, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in together.choices]
+
+
+def test_headers_of_several_prompts_are_sums(client: httpx.Client) -> None:
+    body = {"prompt": ["The scheduler", "Paris"], "max_tokens": 3, "ignore_eos": True}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.headers["x-compute-characters"] == str(len("The schedulerParis"))
+    assert answer.headers["x-generated-tokens"] == "6"
+    assert int(answer.headers["x-prompt-tokens"]) == answer.json()["usage"]["prompt_tokens"]
+
+
+def test_logprobs_are_four_lists_side_by_side(openai_client: openai.OpenAI) -> None:
+    choice = complete(openai_client, max_tokens=20, logprobs=2).choices[0]
+    logprobs = choice.logprobs
+    lists = (logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset)
+    assert len({len(column) for column in lists}) == 1
+    assert logprobs.text_offset == sorted(logprobs.text_offset)
+    assert logprobs.text_offset[0] == 0
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert top[token] == pytest.approx(logprob)
+        assert logprob == pytest.approx(max(top.values())), "greedy takes the best"
+
+
+def test_text_offsets_find_the_tokens_in_the_text(openai_client: openai.OpenAI) -> None:
+    choice = complete(openai_client, max_tokens=60, logprobs=0, temperature=1, seed=5).choices[0]
+    whole = [i for i, token in enumerate(choice.logprobs.tokens) if token.isascii() and token.isprintable()]
+    assert whole
+    for i in whole:
+        start = choice.logprobs.text_offset[i]
+        assert choice.logprobs.tokens[i] in choice.text[start : start + len(choice.logprobs.tokens[i]) + 1]
+
+
+def test_streamed_logprobs_are_those_of_the_whole_answer(openai_client: openai.OpenAI) -> None:
+    whole = complete(openai_client, max_tokens=30, logprobs=1).choices[0].logprobs
+    chunks = [chunk.choices[0].logprobs for chunk in complete(openai_client, max_tokens=30, logprobs=1, stream=True)]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [item for chunk in chunks if chunk for item in getattr(chunk, name)] == getattr(whole, name)
+
+
+def test_a_stop_string_split_over_tokens_is_found(openai_client: openai.OpenAI) -> None:
+    text = complete(openai_client, max_tokens=60).choices[0].text
+    for start in range(3, 20):
+        stop = text[start : start + 9]
+        choice = complete(openai_client, max_tokens=60, stop=stop).choices[0]
+        assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
+
+
+def test_penalties_and_bias_change_the_answer(openai_client: openai.OpenAI) -> None:
+    plain = complete(openai_client).choices[0].text
+    forced = complete(openai_client, max_tokens=3, logit_bias={"50": 100})
+    assert len(set(forced.choices[0].text)) == 1, "the bias wins every draw"
+    nudged = complete(openai_client, max_tokens=3, logit_bias={"50": 5}, presence_penalty=2)
+    assert len(set(nudged.choices[0].text)) > 1, "after the first draw the penalty outweighs the bias"
+    assert complete(openai_client, extra_body={"top_k": 1}, temperature=2).choices[0].text == plain
+    assert complete(openai_client, extra_body={"min_p": 1.0}, temperature=2).choices[0].text == plain
+
+
+def test_best_of_equal_to_n_asks_for_nothing_more(openai_client: openai.OpenAI) -> None:
+    assert len(complete(openai_client, n=2, best_of=2).choices) == 2
+    with pytest.raises(openai.BadRequestError, match="best_of"):
+        complete(openai_client, n=1, best_of=2)
