@@ -213,8 +213,13 @@ def serve(path: str, config: EngineConfig) -> int:
 
 
 def main() -> int:
-    """Entry point of the process. Ctrl-C is the supervisor's business: it decides when the engine goes."""
+    """Entry point of the process.
+
+    Ctrl-C and SIGTERM often reach the whole process group, but requests may still be finishing: the supervisor decides
+    when the engine goes, by closing its connection.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("LOG_LEVEL", "info").upper(), format="%(levelname)s %(name)s: %(message)s")
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineConfig)
     return serve(sys.argv[1], config)

@@ -171,6 +171,19 @@ def test_half_admitted_choices_leave_nothing_behind(model_folder: Path) -> None:
         live.wait_idle()
 
 
+def test_a_long_text_does_not_hold_up_the_others(client: httpx.Client, server: LiveServer) -> None:
+    """It takes most of a second to tokenize; meanwhile the event loop goes on."""
+    num_answers = 0
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(client.post, COMPLETIONS, json={"prompt": "word " * 300_000})
+        with server.client() as other:
+            while not long.done():
+                assert other.get("/live").status_code == 200
+                num_answers += 1
+        assert long.result().status_code == 400
+    assert num_answers >= 10
+
+
 # --- Keys ---------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +248,7 @@ def test_metrics_have_tgis_names_and_count(client: httpx.Client, server: LiveSer
     server.wait_idle()
     before = client.get("/metrics").text
     client.post("/generate", json={"inputs": "a", "parameters": {"max_new_tokens": 3}})
-    client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3, "n": 2})
+    client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3, "n": 2, "ignore_eos": True})
     client.post("/generate", json={"inputs": "a", "parameters": {"temperature": 0}})
     after = client.get("/metrics")
     assert after.headers["content-type"] == "text/plain; charset=utf-8"

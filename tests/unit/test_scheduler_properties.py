@@ -193,3 +193,19 @@ def test_cancel_returns_blocks_in_every_state(card: type[SimulatedBackend]) -> N
     engine.run()
     assert engine.engine.pool.num_used == 0
     assert not engine.engine.scheduler.running
+
+
+@pytest.mark.parametrize("end", ["stop token", "cancel"])
+def test_at_depth_one_a_sequence_that_has_ended_runs_at_most_one_step_more(end: str) -> None:
+    """The step that was launched before the end was known is its last; its slot and blocks come back with it."""
+    engine = LocalEngine(SimulatedCuda, MODEL, async_depth=1)
+    third = oracle([1, 2], 3, VOCAB)[2]
+    request = engine.submit([1, 2], 200, stop_token_ids=[third] if end == "stop token" else [])
+    while len(engine.outcomes[request].token_ids) < 3:
+        engine.step()
+    if end == "cancel":
+        engine.cancel(request)
+    engine.run(max_steps=3)
+    stats = engine.engine.stats
+    assert stats.decode_steps <= 4
+    assert stats.blocks_used == 0 and stats.num_running == 0

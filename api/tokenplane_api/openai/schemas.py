@@ -6,7 +6,7 @@ users come from (TGI, vLLM) are listed where we honour them, and in `NEUTRAL` wh
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -132,5 +132,3 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """Fields that cannot be honoured yet, with the values, besides null, that ask for nothing."""
-
-ChoiceFinish = Literal["stop", "length"]

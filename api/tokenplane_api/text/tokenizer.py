@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class TextTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises InvalidRequest if `text` holds a lone surrogate, which no tokenizer can encode."""
-        return list(self._encode(text, add_special_tokens).ids)
+        return list(self._encode(self._tokenizer.encode_batch_fast, text, add_special_tokens).ids)
 
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
         """Encode and say where each token comes from: (id, slice of the text, start, stop).
@@ -83,7 +83,7 @@ class TextTokenizer:
         Raises:
             InvalidRequest: as `encode`.
         """
-        encoding = self._encode(text, add_special_tokens)
+        encoding = self._encode(self._tokenizer.encode_batch, text, add_special_tokens)
         starts = [0, *itertools.accumulate(len(character.encode()) for character in text)]
         return [
             (id, text[start:stop], starts[start], starts[stop])
@@ -121,9 +121,10 @@ class TextTokenizer:
         """Whether `decode` skips it."""
         return token_id in self._special_ids
 
-    def _encode(self, text: str, add_special_tokens: bool) -> Any:
+    def _encode(self, encode_batch: Callable[..., list[Any]], text: str, add_special_tokens: bool) -> Any:
+        """Encode as a batch of one: for a batch the library lets other threads run, for a single text it does not."""
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except TypeError:
             at = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
             if at is None:
