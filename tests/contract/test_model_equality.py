@@ -10,12 +10,12 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenplane_torch.testing.checkpoints import FAMILIES, REFUSED_FAMILIES, make_checkpoint, reference_greedy
 
 from tokenplane_core.backend.errors import UnsupportedModel
 from tokenplane_core.backend.plugins import load_plugin
 from tokenplane_core.kit.runner import LocalEngine
 from tokenplane_core.model import describe_model
+from tokenplane_torch.testing.checkpoints import FAMILIES, REFUSED_FAMILIES, make_checkpoint, reference_greedy
 
 NUM_TOKENS = 12
 PROMISED = {

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from helpers.server_process import ServerProcess, server_process
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
@@ -33,7 +34,10 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 def ask(client: openai.OpenAI, content: str, **options: object) -> str:
     answer = client.chat.completions.create(
-        model="tgi", messages=[{"role": "user", "content": content}], temperature=0, **options  # type: ignore[call-overload]
+        model="tgi",
+        messages=[{"role": "user", "content": content}],
+        temperature=0,
+        **options,  # type: ignore[call-overload]
     )
     return str(answer.choices[0].message.content)
 

@@ -37,7 +37,9 @@ class ServerProcess:
         end_s = time.monotonic() + limit_s
         while self.is_ready() is not ready:
             assert self.process.poll() is None, self.log
-            assert time.monotonic() < end_s, f"still not {'ready' if ready else 'unready'} after {limit_s} s\n{self.log}"
+            assert time.monotonic() < end_s, (
+                f"still not {'ready' if ready else 'unready'} after {limit_s} s\n{self.log}"
+            )
             time.sleep(0.02)
 
     def engine_pid(self) -> int:

@@ -20,10 +20,16 @@ def definitions(path: Path) -> frozenset[str]:
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)}
+            names |= {
+                f"{node.name}.{item.name}"
+                for item in node.body
+                if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             names.add(node.name)
-            names |= {inner.name for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)}
+            names |= {
+                inner.name for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
     return frozenset(names)
 
 
@@ -32,7 +38,9 @@ def test_every_path_named_exists(paper: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / paper).read_text(), flags=re.S)
     paths = set(re.findall(PATH, text))
     assert paths, f"{paper} names no file"
-    missing = sorted(path for path in paths if not (ROOT / path.rstrip("/")).exists() and not path.startswith("backend/"))
+    missing = sorted(
+        path for path in paths if not (ROOT / path.rstrip("/")).exists() and not path.startswith("backend/")
+    )
     assert not missing
 
 

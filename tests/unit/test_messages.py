@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -30,7 +31,7 @@ def test_frames_survive_any_splitting(cuts: list[int]) -> None:
     stream = b"".join(frame(message) for message in (SUBMIT, Cancel("a"), SUBMIT))
     reader, bodies = FrameReader(), []
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         bodies += reader.feed(stream[start:end])
     assert [to_engine_decoder.decode(body) for body in bodies] == [SUBMIT, Cancel("a"), SUBMIT]
 

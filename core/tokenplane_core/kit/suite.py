@@ -24,7 +24,7 @@ def subject(backend_name: str, request: pytest.FixtureRequest, tmp_path_factory:
 
 
 def make_subject(backend_name: str, folder: Path) -> Subject:
-    """An installed backend with the model in `folder`; float32 where the device has it, since the laws compare texts."""
+    """An installed backend with the model in `folder`; float32 where the device has it: the laws compare texts."""
     answer = ask(backend_name)
     assert answer.report.status == "found", f"{backend_name} is {answer.report.status}: {answer.report.reason}"
     dtypes = answer.report.devices[0].dtypes
