@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from .backend import errors
-from .backend.errors import EngineFailed, EngineNotReady, InvalidRequest, QueueFull, TokenplaneError
+from .backend.errors import ConfigError, EngineFailed, EngineNotReady, InvalidRequest, QueueFull, TokenplaneError
 from .config import EngineConfig
 from .messages import (
     Cancel,
@@ -33,11 +34,11 @@ from .messages import (
     Ready,
     Stats,
     Submit,
-    ToEngine,
     TokenEvent,
     frame,
     from_engine_decoder,
 )
+from .validation import check_request
 
 log = logging.getLogger("tokenplane.client")
 
@@ -45,14 +46,16 @@ MAX_ENGINES = 3
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 30.0
 HEALTHY_AFTER_S = 60.0
+MAX_SOCKET_PATH_BYTES = 100  # Linux allows 107, macOS 103
 
 
 class RequestStream:
     """The events of one request: an async iterator that ends after the event with a finish_reason."""
 
-    def __init__(self, client: EngineClient, request: Submit) -> None:
+    def __init__(self, client: EngineClient, request: Submit, wire_id: str) -> None:
         self.request_id = request.request_id
         self.request = request
+        self.wire_id = wire_id  # unique, so that late events of a cancelled request never meet another
         self.emitted: list[int] = []
         self.num_engines = 1  # that have held this request
         self._client = client
@@ -87,13 +90,15 @@ class RequestStream:
         """Give the request up: its blocks come back, no more events follow. Idempotent, never waits."""
         if not self._ended:
             self._ended = True
-            self._client._forget(self.request_id, tell_engine=True)
+            self._events.clear()
+            self._client._cancel(self.wire_id)
             self._wake()
 
     def as_continued(self) -> Submit:
         """The request as a new engine must see it: what was emitted counts as known."""
         return msgspec.structs.replace(
             self.request,
+            request_id=self.wire_id,
             token_ids=self.request.token_ids + self.emitted,
             num_prompt_tokens=self.request.num_prompt_tokens or len(self.request.token_ids),
         )
@@ -101,8 +106,9 @@ class RequestStream:
     def push(self, event: TokenEvent) -> None:
         """An event from the engine."""
         if event.finish_reason == "error":
-            failed = InvalidRequest(event.error, event.error_field) if event.error_field else EngineFailed(event.error)
-            self.fail(failed)
+            # What one engine took and the next refuses (a longer prompt now) is not the client's fault.
+            refused = bool(event.error_field) and self.num_engines == 1
+            self.fail(InvalidRequest(event.error, event.error_field) if refused else EngineFailed(event.error))
             return
         self.emitted += event.token_ids
         self._events.append(event)
@@ -146,7 +152,8 @@ class EngineClient:
         self.num_restarts = 0
         self.stats = Stats()
         self._info: EngineInfo | None = None
-        self._live: dict[str, RequestStream] = {}
+        self._live: dict[str, RequestStream] = {}  # by wire_id
+        self._num_submitted = 0
         self._process: asyncio.subprocess.Process | None = None
         self._transport: asyncio.Transport | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -192,16 +199,17 @@ class EngineClient:
 
     async def close(self) -> None:
         """End the engine process; live requests fail with EngineFailed. May be called twice."""
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
-            self._supervisor = None
-        await self._stop_process()
-        self._fail_all(EngineFailed("the server is shutting down"))
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        try:
+            if self._supervisor is not None:
+                self._supervisor.cancel()
+                await asyncio.wait([self._supervisor])
+                self._supervisor = None
+            await self._stop_process()
+        finally:
+            self._fail_all(EngineFailed("the server is shutting down"))
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                self._folder = None
 
     def submit(self, request: Submit) -> RequestStream:
         """Hand a request to the engine.
@@ -216,22 +224,22 @@ class EngineClient:
         if len(self._live) >= self.max_requests:
             raise QueueFull(f"{len(self._live)} requests are running or waiting, the limit is {self.max_requests}")
         check_request(request, self.info)
-        if request.request_id in self._live:
-            raise InvalidRequest(f"request_id {request.request_id!r} is already in use", "request_id")
-        stream = RequestStream(self, request)
-        self._live[request.request_id] = stream
-        self._send(request)
+        self._num_submitted += 1
+        stream = RequestStream(self, request, wire_id=str(self._num_submitted))
+        message = frame(stream.as_continued())  # before it is live: what cannot be encoded never was submitted
+        self._live[stream.wire_id] = stream
+        self._send(message)
         return stream
 
     # --- Messages -------------------------------------------------------------------------------------------
 
-    def _send(self, message: ToEngine) -> None:
+    def _send(self, message: bytes) -> None:
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame(message))
+            self._transport.write(message)
 
-    def _forget(self, request_id: str, tell_engine: bool) -> None:
-        if self._live.pop(request_id, None) is not None and tell_engine:
-            self._send(Cancel(request_id))
+    def _cancel(self, wire_id: str) -> None:
+        if self._live.pop(wire_id, None) is not None:
+            self._send(frame(Cancel(wire_id)))
 
     def _on_message(self, message: FromEngine) -> None:
         self._last_word_s = time.monotonic()
@@ -257,7 +265,12 @@ class EngineClient:
     async def _launch(self) -> asyncio.Future[None]:
         """Start a process and wait until it is ready; returns the future that fires when its connection is lost."""
         assert self._folder is not None
-        path = self._folder / f"engine-{self.num_restarts}.sock"
+        path = self._folder / f"{self.num_restarts}.sock"
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+            raise ConfigError(
+                f"the engine's socket {path} has a path of over {MAX_SOCKET_PATH_BYTES} bytes;"
+                " set TMPDIR to a shorter one"
+            )
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tokenplane_core.process", str(path), stdin=asyncio.subprocess.PIPE
         )
@@ -265,9 +278,9 @@ class EngineClient:
         self._process.stdin.write(msgspec.msgpack.encode(self.config))
         self._process.stdin.close()
         self._ready = asyncio.get_running_loop().create_future()
-        wire = await self._connect(path)
         try:
             async with asyncio.timeout(self.config.ready_timeout_s):
+                wire = await self._connect(path)
                 await asyncio.wait([self._ready, wire.lost], return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             limit_s = self.config.ready_timeout_s
@@ -316,13 +329,13 @@ class EngineClient:
                 try:
                     lost = await self._launch()
                     break
-                except TokenplaneError as error:
+                except (TokenplaneError, OSError) as error:
                     log.error("the engine did not come back (next try in %.1f s): %s", backoff_s, error)
                     await self._stop_process(grace_s=0)
                     self._fail_all(EngineFailed(f"the engine did not come back: {error}"))
             log.info("the engine is back, continuing %d requests", len(self._live))
             for stream in self._live.values():
-                self._send(stream.as_continued())
+                self._send(frame(stream.as_continued()))
 
     async def _wait_for_end(self, lost: asyncio.Future[None]) -> None:
         """Returns when the engine has died, or has been silent for so long that it counts as hung."""
@@ -357,7 +370,7 @@ class EngineClient:
     def _fail_repeat_offenders(self) -> None:
         for stream in list(self._live.values()):
             if stream.num_engines >= MAX_ENGINES:
-                del self._live[stream.request_id]
+                del self._live[stream.wire_id]
                 stream.fail(EngineFailed(f"the engine died {stream.num_engines} times while it held this request"))
             stream.num_engines += 1
 
@@ -365,31 +378,6 @@ class EngineClient:
         for stream in self._live.values():
             stream.fail(error)
         self._live.clear()
-
-
-def check_request(request: Submit, info: EngineInfo) -> None:
-    """Refuse at the door what the engine would refuse. Raises InvalidRequest naming field, value and limit."""
-    known = len(request.token_ids)
-    prompt = request.num_prompt_tokens or known
-    if prompt < 1 or prompt > known:
-        raise InvalidRequest(f"token_ids has {known} tokens; at least 1 is needed", "token_ids")
-    if not all(0 <= token_id < info.vocab_size for token_id in request.token_ids):
-        raise InvalidRequest(f"token_ids has an id outside 0..{info.vocab_size - 1}", "token_ids")
-    if prompt > info.max_prompt_tokens:
-        raise InvalidRequest(f"the prompt has {prompt} tokens, the limit is {info.max_prompt_tokens}", "token_ids")
-    if request.max_new_tokens < 1:
-        raise InvalidRequest(f"max_new_tokens is {request.max_new_tokens}, at least 1 is needed", "max_new_tokens")
-    if prompt + request.max_new_tokens > info.max_request_tokens:
-        raise InvalidRequest(
-            f"the prompt has {prompt} tokens and max_new_tokens is {request.max_new_tokens};"
-            f" together they may be {info.max_request_tokens}",
-            "max_new_tokens",
-        )
-    limit = info.max_top_logprobs
-    if limit >= 0 and request.sampling.num_logprobs > limit:
-        raise InvalidRequest(
-            f"num_logprobs is {request.sampling.num_logprobs}, the limit is {limit}", "sampling.num_logprobs"
-        )
 
 
 def _as_exception(message: Fatal) -> TokenplaneError:

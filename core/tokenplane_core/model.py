@@ -60,9 +60,7 @@ def describe_model(
         head_dim=text.get("head_dim") or hidden // heads,
         vocab_size=_positive(text.get("vocab_size"), "vocab_size", folder),
         max_model_tokens=max_model_tokens or trained_tokens or 2048,
-        dtype=_dtype(
-            dtype or text.get("dtype") or config.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype")
-        ),
+        dtype=_dtype(dtype or _saved_dtype(text) or _saved_dtype(config)),
         trust_remote_code=trust_remote_code,
     )
 

@@ -196,6 +196,7 @@ def serve(path: str, config: EngineConfig) -> int:
         started.backend,
         started.capabilities,
         started.layout,
+        config.model.vocab_size,
         server.receive,
         server.publish,
         prefix_cache=config.prefix_cache,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tokenplane_core.kit.checkpoint import write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
 from tokenplane_core.kit.suite import make_subject
 
@@ -15,11 +12,7 @@ BACKENDS = ("cpu", "simulated-cuda", "simulated-tpu", "simulated-gaudi", "simula
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return make_subject(request.param, _folder(tmp_path_factory))
-
-
-def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+    return make_subject(request.param, None, tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.mark.parametrize("law_name", LAWS)

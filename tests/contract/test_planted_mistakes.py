@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,14 @@ from tokenplane_core.backend.records import (
 )
 from tokenplane_core.kit.checkpoint import write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, Subject
-from tokenplane_core.kit.simulated import SimulatedBackend, SimulatedCuda, SimulatedGaudi, SimulatedNeuron, SimulatedTpu
+from tokenplane_core.kit.simulated import (
+    SimulatedBackend,
+    SimulatedCuda,
+    SimulatedGaudi,
+    SimulatedNeuron,
+    SimulatedTpu,
+    oracle,
+)
 from tokenplane_core.model import describe_model
 
 Batch = PrefillBatch | DecodeBatch
@@ -91,7 +99,21 @@ def forgotten_seed(device: SimulatedBackend, batch: Batch) -> Batch:
     return batch
 
 
+def rows_share_parameters(device: SimulatedBackend, batch: Batch) -> Batch:
+    """Every slot is taken to have the prompt length of slot 0, so penalties count prompts as output."""
+    device.tables.num_prompt_tokens[:] = device.tables.num_prompt_tokens[0]
+    return batch
+
+
+def short_memory(device: SimulatedBackend, batch: Batch) -> Batch:
+    """The first token of every sequence is lost, in all circumstances alike."""
+    device.cells[device.tables.blocks[batch.slots[: batch.num_rows], 0], 0] = 0
+    return batch
+
+
 PLANTS = [
+    (rows_share_parameters, SimulatedCuda, "sampler_keeps_the_law"),
+    (short_memory, SimulatedCuda, "text_is_right"),
     (swapped_block, SimulatedCuda, "decode_equals_prefill"),
     (swapped_block, SimulatedTpu, "batch_equals_singles"),
     (stale_delta, SimulatedCuda, "batch_equals_singles"),
@@ -112,6 +134,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 @pytest.mark.parametrize(("change", "base", "law_name"), PLANTS)
 def test_a_law_catches(change: Change, base: type[SimulatedBackend], law_name: str, model: ModelSpec) -> None:
+    reference = partial(oracle, vocab_size=model.vocab_size)
     with pytest.raises(AssertionError):
-        LAWS[law_name](Subject("planted", planted(base, change), model))
-    LAWS[law_name](Subject("sound", base, model))
+        LAWS[law_name](Subject("planted", planted(base, change), model, reference))
+    LAWS[law_name](Subject("sound", base, model, reference))

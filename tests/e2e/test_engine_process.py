@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -179,3 +181,45 @@ async def test_the_engine_ends_with_its_supervisor() -> None:
         assert pid is not None
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_a_restart_that_fails_for_lack_of_descriptors_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENPLANE_SIMULATED_STEP_MS", "20")
+    async with engine() as client:
+        stream = client.submit(Submit("a", [1, 2], 200))
+        await anext(stream)
+        hogs, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    hogs.append(os.open("/dev/null", os.O_RDONLY))
+            assert client.engine_pid is not None
+            os.kill(client.engine_pid, signal.SIGKILL)
+            await until(lambda: client.num_restarts >= 2)
+        finally:
+            for hog in hogs:
+                os.close(hog)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        with pytest.raises(EngineFailed):
+            async for _ in stream:
+                pass
+        await until(lambda: client.is_ready)
+        assert await text(client, "after", [3], 3) == oracle([3], 3, VOCAB)
+
+
+async def test_a_cancelled_id_may_be_used_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late events of the cancelled request never reach the new one."""
+    async with engine() as client:
+        for i in range(30):
+            first = client.submit(Submit("same", [i, 1], 100))
+            await anext(first)
+            first.cancel()
+            assert await text(client, "same", [i, 2], 5) == oracle([i, 2], 5, VOCAB)
+
+
+async def test_a_request_that_cannot_be_encoded_was_never_submitted() -> None:
+    async with engine() as client:
+        with pytest.raises(InvalidRequest):
+            client.submit(Submit("a", [1], 5, sampling=SamplingParams(seed=2**64)))
+        assert client.num_live == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from pathlib import Path
 
 import pluggy
@@ -69,6 +70,10 @@ def test_a_found_plugin_answers_with_version_contract_and_devices(
         (sound("os._exit(3)"), "detect() ended with status 3"),
         (sound("import time; time.sleep(60)"), "gave no answer within 2 s"),
         (sound("return 5"), "detect returned int, the contract says DetectReport"),
+        (sound("return DetectReport('found')"), "says found with 0 devices"),
+        (sound("return DetectReport('perhaps')"), "breaks the contract"),
+        (sound("return DetectReport('found', (replace(self._device(), score='high'),))"), "breaks the contract"),
+        (sound("import sys; sys.stdout.buffer.write(bytes([255])); os._exit(4)"), "detect() ended with status 4"),
     ],
 )
 def test_a_broken_plugin_keeps_its_reason(
@@ -88,6 +93,24 @@ def test_a_chatty_library_does_not_spoil_the_answer(tmp_path: Path, monkeypatch:
         sound("print('vendor banner', end=''); return DetectReport('absent', reason='no card')"),
     )
     assert plugins.ask("chatty").report == DetectReport("absent", reason="no card")
+
+
+def test_a_reason_with_odd_line_breaks_arrives_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "odd", sound("return DetectReport('absent', reason='one\\u2028two\\x85three')"))
+    assert plugins.ask("odd").report.reason == "one\u2028two\x85three"
+
+
+def test_what_a_hanging_detect_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid_file = tmp_path / "pid"
+    start = "import subprocess; child = subprocess.Popen(['sleep', '60'])"
+    note = f"open({str(pid_file)!r}, 'w').write(str(child.pid))"
+    install(tmp_path, monkeypatch, "hanging", sound(f"{start}; {note}; child.wait()"))
+    assert plugins.ask("hanging", timeout_s=3).report.status == "broken"
+    stat = Path(f"/proc/{pid_file.read_text()}/stat")
+    end_s = time.monotonic() + 5
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < end_s, "the child of detect() lives on"
+        time.sleep(0.05)
 
 
 def test_one_broken_plugin_hides_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

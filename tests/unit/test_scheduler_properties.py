@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -209,3 +209,41 @@ def test_at_depth_one_a_sequence_that_has_ended_runs_at_most_one_step_more(end: 
     stats = engine.engine.stats
     assert stats.decode_steps <= 4
     assert stats.blocks_used == 0 and stats.num_running == 0
+
+
+def test_a_long_prompt_is_not_kept_out_by_decode_rows_where_rows_times_blocks_is_limited() -> None:
+    """On a card with a bounded page table, decode rows must leave room for the context of the prompt's next piece."""
+    model = replace(MODEL, max_model_tokens=4096)
+    engine = LocalEngine(
+        SimulatedTpu,
+        model,
+        async_depth=0,
+        prefix_cache=False,
+        adjust=lambda caps: replace(caps, limits=replace(caps.limits, max_table_entries=1024)),
+    )
+    for i in range(31):
+        engine.submit([i, 1, 2, 3], 60 + 8 * i)
+    for _ in range(20):
+        engine.step()
+    long = engine.submit([7] * 3500, 4)
+    for step in range(400):
+        if engine.outcomes[long].finish_reason:
+            break
+        while engine.engine.scheduler.num_waiting < 4 and not engine._inbox:
+            engine.submit([step % VOCAB], 200)
+        engine.step()
+    assert engine.outcomes[long].finish_reason == "length", "the long prompt starves"
+
+
+def test_cancelled_requests_do_not_pile_up_behind_a_blocked_head() -> None:
+    engine = LocalEngine(SimulatedCuda, MODEL, max_sequences=1)
+    engine.submit([1], 100)
+    engine.step()
+    engine.submit([2], 5)
+    for i in range(500):
+        cancelled = engine.submit([i % VOCAB] * 20, 5)
+        if i % 50 == 0:
+            engine.step()
+        engine.cancel(cancelled)
+    engine.step()
+    assert len(engine.engine.scheduler._waiting) < 50

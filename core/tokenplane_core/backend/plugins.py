@@ -7,6 +7,8 @@ crash, hang or print. Every refusal keeps its reason.
 from __future__ import annotations
 
 import difflib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -145,17 +147,39 @@ def best(answers: Iterable[PluginAnswer]) -> PluginAnswer:
 
 def _detect_in_child(name: str, timeout_s: float) -> tuple[str, DetectReport]:
     command = [sys.executable, "-m", "tokenplane_core.backend.detect_child", name]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        return "", DetectReport("broken", reason=f"detect() gave no answer within {timeout_s:g} s")
-    for line in child.stdout.splitlines():
+    # A session of its own, so that whatever the driver's library started ends with it.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as child:
+        try:
+            out, errors = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            return "", DetectReport("broken", reason=f"detect() gave no answer within {timeout_s:g} s")
+    for line in out.split("\n"):
         if line.startswith(ANSWER_MARK):
-            answer = msgspec.json.decode(line[len(ANSWER_MARK) :], type=ChildAnswer)
-            return answer.contract, answer.report
-    last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+            return _read_answer(line[len(ANSWER_MARK) :])
+    last = (errors.strip().splitlines() or ["no message"])[-1]
     how = f"died of signal {-child.returncode}" if child.returncode < 0 else f"ended with status {child.returncode}"
     return "", DetectReport("broken", reason=f"detect() {how}: {last}")
+
+
+def _read_answer(line: str) -> tuple[str, DetectReport]:
+    try:
+        answer = msgspec.json.decode(line, type=ChildAnswer)
+    except msgspec.MsgspecError as error:
+        return "", DetectReport("broken", reason=f"detect() returned a report that breaks the contract: {error}")
+    report = answer.report
+    if (report.status == "found") != bool(report.devices):
+        why = f"detect() says {report.status} with {len(report.devices)} devices"
+        return answer.contract, DetectReport("broken", reason=why)
+    return answer.contract, report
 
 
 class Backend:

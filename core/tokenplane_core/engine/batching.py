@@ -54,8 +54,9 @@ class Batcher:
     Slot parameters live in arrays with one entry per slot, so that a step gathers instead of looping.
     """
 
-    def __init__(self, layout: KVLayout, capabilities: Capabilities) -> None:
+    def __init__(self, layout: KVLayout, capabilities: Capabilities, vocab_size: int) -> None:
         self._layout = layout
+        self._vocab_size = vocab_size
         self._paged = capabilities.kv.kind == "paged"
         self._pad_rows = capabilities.shapes.pad_rows
         self._step = 0
@@ -157,7 +158,7 @@ class Batcher:
 
     def _sampling(self, rows: Rows[Row], return_logits: bool) -> SamplingBatch:
         slots = np.array([row.sequence.slot for row in rows], np.intp)
-        starts, ids, values = _biases(rows, self._features)
+        starts, ids, values = _biases(rows, self._features, self._vocab_size)
         floats = {name: column[slots] for name, column in self._floats.items()}
         return SamplingBatch(
             features=frozenset().union(*{self._features[slot] for slot in slots.tolist()}),
@@ -199,7 +200,7 @@ def _last_token(row: Row) -> int:
     return token_ids[row.start_tokens] if row.start_tokens < len(token_ids) else TOKEN_ON_DEVICE
 
 
-def _biases(rows: Rows[Row], features: Rows[frozenset[str]]) -> tuple[I32, I32, np.ndarray]:
+def _biases(rows: Rows[Row], features: Rows[frozenset[str]], vocab_size: int) -> tuple[I32, I32, np.ndarray]:
     """bias_starts, bias_ids, bias_values: the client's logit bias, and stop tokens banned by min_new_tokens."""
     starts = np.zeros(len(rows) + 1, np.int32)
     ids: list[int] = []
@@ -211,8 +212,10 @@ def _biases(rows: Rows[Row], features: Rows[frozenset[str]]) -> tuple[I32, I32, 
             values += sequence.sampling.logit_bias.values()
             num_generated = row.start_tokens + row.num_tokens - sequence.num_prompt_tokens
             if num_generated < sequence.sampling.min_new_tokens:
-                ids += sequence.stop_token_ids
-                values += [-np.inf] * len(sequence.stop_token_ids)
+                # Stop ids the model has no logit for (a tokenizer larger than the model) cannot be drawn anyway.
+                banned = [token_id for token_id in sequence.stop_token_ids if 0 <= token_id < vocab_size]
+                ids += banned
+                values += [-np.inf] * len(banned)
         starts[i + 1] = len(ids)
     return starts, _i32(ids), np.array(values, np.float32)
 

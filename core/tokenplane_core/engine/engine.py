@@ -11,10 +11,14 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
+from ..backend.errors import ContractViolation
 from ..backend.plugins import Backend
 from ..backend.records import Capabilities, DecodeBatch, KVLayout, SamplingBatch, SamplingCaps, StepHandle, StepOutput
 from ..backend.sampling import sample
 from ..messages import Cancel, FinishReason, SamplingParams, Stats, Submit, ToEngine, TokenEvent
+from ..validation import GREEDY_BELOW, request_refusal
 from .batching import Batcher, features_of, histories
 from .kv_cache import BlockPool
 from .scheduler import MustDrain, Plan, Scheduler
@@ -29,6 +33,7 @@ Publish = Callable[[int, list[TokenEvent]], None]
 class InFlight:
     """A launched step and what was asked of it."""
 
+    number: int
     plan: Plan
     handle: StepHandle
     sampling: SamplingBatch
@@ -47,6 +52,7 @@ class Engine:
         backend: Backend,
         capabilities: Capabilities,
         layout: KVLayout,
+        vocab_size: int,
         receive: Receive,
         publish: Publish,
         prefix_cache: bool = True,
@@ -56,13 +62,14 @@ class Engine:
         self.capabilities = capabilities
         self.layout = layout
         self._backend = backend
+        self._vocab_size = vocab_size
         self._receive = receive
         self._publish = publish
         self._ageing_s = ageing_s
         self._clock = clock
         paged = capabilities.kv.kind == "paged"
         self.pool = BlockPool(layout.num_blocks, layout.block_tokens, prefix_cache and paged)
-        self._batcher = Batcher(layout, capabilities)
+        self._batcher = Batcher(layout, capabilities, vocab_size)
         self.scheduler = Scheduler(capabilities, self.pool, layout.num_slots, self._batcher.slot_left)
         self._sequences: dict[tuple[int, str], Sequence] = {}
         self._in_flight: deque[InFlight] = deque()
@@ -129,6 +136,8 @@ class Engine:
             self._events[client].append(event)
             return
         self._num_arrived += 1
+        if message.sampling.temperature < GREEDY_BELOW:
+            message = replace(message, sampling=replace(message.sampling, temperature=0.0))
         sequence = Sequence(message, client, self._num_arrived, self._clock(), self._ageing_s)
         sequence.samples_on_host = not samples_on_device(message.sampling, self.capabilities.sampling)
         self._sequences[client, message.request_id] = sequence
@@ -141,20 +150,14 @@ class Engine:
 
     def refusal(self, request: Submit) -> tuple[str, str] | None:
         """(field, sentence) if the request can never be served here, else None."""
-        known, new = len(request.token_ids), request.max_new_tokens
-        prompt = request.num_prompt_tokens or known
-        limit = self.capabilities.limits.max_model_tokens
-        if known == 0 or prompt > known:
-            return "token_ids", f"token_ids has {known} tokens, the prompt {prompt}; at least 1 is needed"
-        if new <= known - prompt:
-            return "max_new_tokens", f"max_new_tokens is {new}, which allows no further token"
-        if prompt + new > limit:
-            return "max_new_tokens", f"prompt ({prompt} tokens) plus max_new_tokens ({new}) exceeds {limit}"
+        refusal = request_refusal(request, self._vocab_size, self.capabilities.limits.max_model_tokens)
+        if refusal is not None:
+            return refusal
         caps = self.capabilities.sampling
         if not caps.returns_logits and not samples_on_device(request.sampling, caps):
             return "sampling", f"{self.capabilities.backend} cannot sample with {sorted(features_of(request.sampling))}"
-        total = prompt + new
-        why = self.scheduler.refusal(known, total)
+        total = (request.num_prompt_tokens or len(request.token_ids)) + request.max_new_tokens
+        why = self.scheduler.refusal(len(request.token_ids), total)
         return ("max_new_tokens", f"the request {why}") if why else None
 
     # --- Schedule and submit --------------------------------------------------------------------------------
@@ -176,7 +179,9 @@ class Engine:
             handle = self._backend.decode(batch, sampling)
         else:
             handle = self._backend.prefill(batch, sampling)
-        self._in_flight.append(InFlight(plan, handle, sampling, len(batch.token_ids) - plan.extent.tokens))
+        self._in_flight.append(
+            InFlight(batch.head.step, plan, handle, sampling, len(batch.token_ids) - plan.extent.tokens)
+        )
         return True
 
     def _started(self, sequence: Sequence) -> None:
@@ -190,6 +195,10 @@ class Engine:
         """Read the oldest step back and commit its tokens."""
         step = self._in_flight.popleft()
         output = step.handle.result()
+        if output.step != step.number:
+            raise ContractViolation(
+                f"step {step.number} came back as step {output.step}: handles must keep their order"
+            )
         if step.on_host:
             output = self._sample_on_host(step, output)
         self._note(step, output)

@@ -16,7 +16,6 @@ more later. When those run out, the running sequence of worst rank goes back to 
 from __future__ import annotations
 
 import heapq
-from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -83,11 +82,12 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence in any state. What it holds goes back once no launched step names it."""
-        if sequence.state is State.WAITING:
-            self.num_waiting -= 1
-            sequence.token_ids = array("i")  # its heap entry stays until it comes up, without the prompt
         was_running = sequence.state is State.RUNNING
+        was_waiting = sequence.state is State.WAITING
         sequence.state = State.FINISHED
+        if was_waiting:
+            self.num_waiting -= 1
+            self._drop_dead_entries()
         if was_running and sequence.steps_in_flight == 0:
             self._release(sequence)
 
@@ -168,15 +168,21 @@ class Scheduler:
         if not prompts and self._admissible() is None:
             return None
         if self.mixed:
-            for sequence in decoding:
-                # Leave room for a piece of a prompt, else mixing would keep prompts out for ever.
-                if self.shapes.room("prefill", plan.extent.plus(1, 0, False)) >= max(self.chunk_tokens, 1):
-                    self._try_add(plan, sequence, 1, prompt=False)
+            self._mix_in(plan, decoding, prompts[0] if prompts else self._waiting[0][1])
         for sequence in prompts:
             self._try_add_chunk(plan, sequence)
         while self._admit_next(plan):
             pass
         return plan if plan.extent.prompts else None
+
+    def _mix_in(self, plan: Plan, decoding: Iterable[Sequence], first: Sequence) -> None:
+        """Add decode rows, as long as the first prompt still gets its smallest piece: none is kept out for ever."""
+        piece = min(self.chunk_tokens or first.gap_tokens, first.gap_tokens)
+        blocks = self.pool.blocks_for(first.num_computed_tokens + piece)
+        for sequence in decoding:
+            with_row = plan.extent.plus(1, self.pool.blocks_for(sequence.num_known_tokens), False)
+            if self.shapes.cost("prefill", with_row.plus(piece, blocks, True)) is not None:
+                self._try_add(plan, sequence, 1, prompt=False)
 
     def _try_add(self, plan: Plan, sequence: Sequence, num_tokens: int, prompt: bool) -> bool:
         """Add a row if the device can run the batch with it."""
@@ -222,6 +228,12 @@ class Scheduler:
         sequence.state = State.WAITING
         self.num_waiting += 1
         heapq.heappush(self._waiting, (sequence.rank, sequence))
+
+    def _drop_dead_entries(self) -> None:
+        """Rebuild the heap once most of its entries are of cancelled sequences: a blocked head must not keep them."""
+        if len(self._waiting) > 2 * self.num_waiting + 16:
+            self._waiting = [entry for entry in self._waiting if entry[1].state is State.WAITING]
+            heapq.heapify(self._waiting)
 
     def _next_waiting(self) -> Sequence | None:
         while self._waiting and self._waiting[0][1].state is not State.WAITING:
@@ -286,7 +298,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue; its tokens stay, its KV is recomputed."""
         self._release(sequence)
-        sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._enqueue(sequence)
 

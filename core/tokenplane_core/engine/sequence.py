@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from array import array
 
-from ..messages import FinishReason, SamplingParams, Submit
+from ..messages import SamplingParams, Submit
 from .kv_cache import BlockKey
 
 
@@ -27,17 +27,14 @@ class Sequence:
         "block_ids",
         "block_keys",
         "client",
-        "finish_reason",
         "last_step",
         "max_new_tokens",
         "num_announced_blocks",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
-        "num_preemptions",
         "num_prompt_tokens",
         "num_published_blocks",
-        "priority",
         "queue_s",
         "rank",
         "request_id",
@@ -60,13 +57,11 @@ class Sequence:
         self.sampling: SamplingParams = request.sampling
         self.samples_on_host = False  # asks for something the device's sampler lacks
         self.stop_token_ids = frozenset(request.stop_token_ids)
-        self.priority = request.priority
         self.arrival_s = arrival_s
         # Everybody who waits ages at the same rate, so ageing is a constant: arriving one ageing_s earlier is
         # worth one priority level, for ever. Lower runs first; `number` is unique and breaks ties.
         self.rank = (arrival_s + request.priority * ageing_s, number)
         self.state = State.WAITING
-        self.finish_reason: FinishReason | None = None
         self.slot = -1
         self.block_ids: list[int] = []
         self.block_keys: list[BlockKey] = []  # of the leading full blocks of token_ids
@@ -76,7 +71,6 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_in_flight = 0  # tokens drawn by launched steps that are not in token_ids yet
         self.steps_in_flight = 0
-        self.num_preemptions = 0
         self.started = False  # has had its first step in this slot
         self.last_step = 0  # number of the last step it was part of
         self.queue_s: float | None = None

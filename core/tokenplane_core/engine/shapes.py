@@ -41,7 +41,9 @@ class ShapeTable:
         self.limits = limits
         self._buckets: dict[Phase, list[Bucket]] = {"prefill": [], "decode": []}
         for bucket in sorted(policy.buckets, key=lambda b: (b.tokens, b.rows, b.context_blocks)):
-            self._buckets[bucket.phase].append(bucket)
+            # A bucket above the step limit is of no use, and must not hide that a soft device runs the batch without.
+            if bucket.tokens <= limits.max_step_tokens and policy.mode != "ragged":
+                self._buckets[bucket.phase].append(bucket)
 
     def bucket(self, phase: Phase, extent: Extent) -> Bucket | None:
         """The cheapest listed shape that holds the batch, or None."""
@@ -57,7 +59,7 @@ class ShapeTable:
             return None
         if limits.max_table_entries is not None and extent.rows * extent.most_blocks > limits.max_table_entries:
             return None
-        bucket = self.bucket(phase, extent) if self.policy.mode != "ragged" else None
+        bucket = self.bucket(phase, extent)
         if bucket is not None:
             cost = bucket.tokens
         elif self.policy.mode == "hard":

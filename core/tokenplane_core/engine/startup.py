@@ -50,31 +50,35 @@ def size_cache(capabilities: Capabilities, config: EngineConfig) -> KVLayout:
         OutOfMemory: not even one sequence's worth fits.
     """
     kv, limits = capabilities.kv, capabilities.limits
+    for flag, value in (
+        ("--max-batch-size", config.max_sequences),
+        ("--max-batch-prefill-tokens", config.max_step_tokens),
+        ("--max-batch-total-tokens", config.kv_cache_tokens),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} is {value}; at least 1 is needed")
     num_slots = min(limits.max_sequences, config.max_sequences or limits.max_sequences)
-    if num_slots < 1:
-        raise ConfigError(f"--max-batch-size is {config.max_sequences}; at least 1 is needed")
-    affordable = kv.budget_bytes // kv.block_bytes
+    affordable = kv.budget_bytes // kv.block_bytes - 1  # one block, or line, is for padding
     per_sequence = -(-limits.max_model_tokens // kv.block_tokens)
-    if kv.kind == "slot":
-        num_slots = min(num_slots, affordable)
-        wanted = num_slots
-    elif config.kv_cache_tokens is not None:
+    wanted = num_slots * per_sequence
+    if config.kv_cache_tokens is not None:
         wanted = -(-config.kv_cache_tokens // kv.block_tokens)
-        if wanted + 1 > affordable:
+        if wanted > affordable:
             raise ConfigError(
                 f"--max-batch-total-tokens is {config.kv_cache_tokens}, which takes {wanted * kv.block_bytes:,} bytes;"
                 f" {kv.budget_bytes:,} bytes are free for the KV cache:"
-                f" lower it to {max(affordable - 1, 0) * kv.block_tokens}"
+                f" lower it to {max(affordable, 0) * kv.block_tokens}"
             )
-    else:
-        wanted = min(num_slots * per_sequence, affordable - 1)
+    wanted = min(wanted, affordable)
     if wanted < 1:
         raise OutOfMemory(
             f"no room for a KV cache: one block of {kv.block_tokens} tokens takes {kv.block_bytes:,} bytes,"
             f" {kv.budget_bytes:,} bytes are free; lower --max-total-tokens or use a smaller model or dtype"
         )
+    if kv.kind == "slot":
+        num_slots = wanted = min(num_slots, wanted)
     return KVLayout(
-        num_blocks=wanted + 1,  # one more for padding
+        num_blocks=wanted + 1,
         block_tokens=kv.block_tokens,
         num_slots=num_slots,
         max_blocks_per_sequence=per_sequence,

@@ -7,8 +7,11 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..backend.records import F32
+from ..backend.records import F32, I64
+
+F64 = NDArray[np.float64]
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -63,6 +66,60 @@ def _weights(rng: np.random.Generator) -> dict[str, F32]:
         out[prefix + "mlp.down_proj.weight"] = normal(hidden, inner)
         out[prefix + "input_layernorm.weight"] = np.ones(hidden, np.float32)
         out[prefix + "post_attention_layernorm.weight"] = np.ones(hidden, np.float32)
+    return out
+
+
+def reference_greedy(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    """The greedy continuation of the checkpoint in `folder`, computed in float64 without cache, batch or tricks."""
+    weights = _read_safetensors(folder / "model.safetensors")
+    token_ids = list(prompt)
+    for _ in range(num_tokens):
+        token_ids.append(int(np.argmax(_last_logits(weights, np.array(token_ids)))))
+    return token_ids[len(prompt) :]
+
+
+def _last_logits(weights: dict[str, F64], token_ids: I64) -> F64:
+    """Llama forward of i64 [t]: f64 [vocab] logits after the last token."""
+    heads, kv_heads, head = 4, 2, 16
+    t = len(token_ids)
+    x = weights["model.embed_tokens.weight"][token_ids]
+    angles = np.arange(t)[:, None] * 10000.0 ** (-np.arange(0, head, 2) / head)
+    cos, sin = (np.concatenate([f(angles), f(angles)], 1)[:, None] for f in (np.cos, np.sin))
+    hidden_keys = np.triu(np.full((t, t), -np.inf), 1)
+    for layer in range(3):
+        w = {name.removeprefix(f"model.layers.{layer}."): value for name, value in weights.items()}
+        h = _norm(x)  # all norm weights are one
+        q = (h @ w["self_attn.q_proj.weight"].T).reshape(t, heads, head)
+        k = (h @ w["self_attn.k_proj.weight"].T).reshape(t, kv_heads, head)
+        v = (h @ w["self_attn.v_proj.weight"].T).reshape(t, kv_heads, head)
+        q, k = (y * cos + np.concatenate([-y[..., head // 2 :], y[..., : head // 2]], -1) * sin for y in (q, k))
+        k, v = k.repeat(heads // kv_heads, 1), v.repeat(heads // kv_heads, 1)
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(head) + hidden_keys
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        attended = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v).reshape(t, heads * head)
+        x = x + attended @ w["self_attn.o_proj.weight"].T
+        h = _norm(x)
+        gate = h @ w["mlp.gate_proj.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
+    logits: F64 = weights["lm_head.weight"] @ _norm(x[-1])
+    return logits
+
+
+def _norm(x: F64) -> F64:
+    scaled: F64 = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    return scaled
+
+
+def _read_safetensors(path: Path) -> dict[str, F64]:
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    out = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            flat = np.frombuffer(data[8 + length + start : 8 + length + end], np.float32)
+            out[name] = flat.reshape(entry["shape"]).astype(np.float64)
     return out
 
 

@@ -63,6 +63,7 @@ class LocalEngine:
             self.backend,
             self.capabilities,
             layout,
+            model.vocab_size,
             self._receive,
             self._publish,
             prefix_cache,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tokenplane_core.backend.plugins import ask, load_plugin
-from tokenplane_core.kit.checkpoint import write_tiny_llama
+from tokenplane_core.kit.checkpoint import reference_greedy, write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
+from tokenplane_core.kit.simulated import oracle
 from tokenplane_core.model import describe_model
 
 
@@ -20,16 +22,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def subject(backend_name: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     folder = request.config.getoption("--tokenplane-model")
-    return make_subject(backend_name, Path(folder) if folder else write_tiny_llama(tmp_path_factory.mktemp("llama")))
+    return make_subject(backend_name, Path(folder) if folder else None, tmp_path_factory.mktemp("tiny-llama"))
 
 
-def make_subject(backend_name: str, folder: Path) -> Subject:
-    """An installed backend with the model in `folder`; float32 where the device has it: the laws compare texts."""
+def make_subject(backend_name: str, folder: Path | None, scratch: Path) -> Subject:
+    """An installed backend with the model in `folder`, else with a tiny random Llama written to `scratch`.
+
+    float32 where the device has it, since the laws compare texts.
+    """
     answer = ask(backend_name)
     assert answer.report.status == "found", f"{backend_name} is {answer.report.status}: {answer.report.reason}"
-    dtypes = answer.report.devices[0].dtypes
-    model = describe_model(folder, dtype="float32" if "float32" in dtypes else dtypes[0])
-    return Subject(backend_name, lambda: load_plugin(backend_name), model)
+    device = answer.report.devices[0]
+    dtype = "float32" if "float32" in device.dtypes else device.dtypes[0]
+    model = describe_model(folder or write_tiny_llama(scratch), dtype=dtype)
+    reference = None
+    if device.kind == "simulated":
+        reference = partial(oracle, vocab_size=model.vocab_size)
+    elif folder is None and dtype == "float32":
+        reference = partial(reference_greedy, scratch)
+    return Subject(backend_name, lambda: load_plugin(backend_name), model, reference)
 
 
 def test_law(subject: Subject, law_name: str) -> None:

@@ -1,0 +1,93 @@
+"""What a request may ask for. The client refuses at the door with these rules, the engine once more behind it.
+
+A request that gets past them must not be able to hurt the engine: it would cost everybody else their streams.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .backend.errors import InvalidRequest
+from .messages import EngineInfo, SamplingParams, Submit
+
+MAX_LOGPROBS = 1000
+MAX_BIAS = 1e9
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing float32 logits by them overflows, and the draw is settled anyway."""
+
+Refusal = tuple[str, str]
+"""Field at fault, and a sentence with field, value and limit."""
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    # field of SamplingParams, least, most
+    ("temperature", 0.0, 1e4),
+    ("top_k", 0, 2**31 - 1),
+    ("top_p", 1e-9, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("typical_p", 1e-9, 1.0),
+    ("repetition_penalty", 1e-3, 1e3),
+    ("presence_penalty", -1e3, 1e3),
+    ("frequency_penalty", -1e3, 1e3),
+    ("seed", 0, 2**64 - 1),
+    ("min_new_tokens", 0, 2**31 - 1),
+    ("num_logprobs", -1, MAX_LOGPROBS),
+)
+
+
+def sampling_refusal(params: SamplingParams, vocab_size: int) -> Refusal | None:
+    """Why parameters cannot be served by any device, or None."""
+    for name, least, most in _RANGES:
+        value = getattr(params, name)
+        if not least <= value <= most:  # a NaN is in no range
+            return f"sampling.{name}", f"{name} is {value}, allowed is {least:g} to {most:g}"
+    if params.num_logprobs > vocab_size:
+        return "sampling.num_logprobs", f"num_logprobs is {params.num_logprobs}, the vocabulary has {vocab_size} tokens"
+    banned = 0
+    for token_id, bias in params.logit_bias.items():
+        if not 0 <= token_id < vocab_size:
+            return "sampling.logit_bias", f"logit_bias names token {token_id}, allowed is 0 to {vocab_size - 1}"
+        if not (abs(bias) <= MAX_BIAS or bias == -math.inf):
+            return "sampling.logit_bias", f"logit_bias of token {token_id} is {bias}, allowed is ±{MAX_BIAS:g} or -inf"
+        banned += bias == -math.inf
+    if banned >= vocab_size:
+        return "sampling.logit_bias", "logit_bias bans every token of the vocabulary"
+    return None
+
+
+def request_refusal(request: Submit, vocab_size: int, max_request_tokens: int) -> Refusal | None:
+    """Why a request cannot be served, or None. `max_request_tokens` bounds prompt plus output."""
+    known, new = len(request.token_ids), request.max_new_tokens
+    prompt = request.num_prompt_tokens or known
+    if not 1 <= prompt <= known:
+        return "token_ids", f"token_ids has {known} tokens, the prompt {prompt}; at least 1 is needed"
+    if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
+        return "token_ids", f"token_ids has an id outside 0..{vocab_size - 1}"
+    if new <= known - prompt:
+        return "max_new_tokens", f"max_new_tokens is {new}, at least {known - prompt + 1} is needed"
+    if prompt + new > max_request_tokens:
+        return (
+            "max_new_tokens",
+            f"the prompt has {prompt} tokens and max_new_tokens is {new}; together they may be {max_request_tokens}",
+        )
+    banned_ids = set(request.stop_token_ids) if request.sampling.min_new_tokens > 0 else set()
+    if len(banned_ids | request.sampling.logit_bias.keys()) >= vocab_size:
+        return "sampling.min_new_tokens", "min_new_tokens and logit_bias leave no token to draw"
+    return sampling_refusal(request.sampling, vocab_size)
+
+
+def check_request(request: Submit, info: EngineInfo) -> None:
+    """Refuse at the door what the engine would refuse.
+
+    Raises:
+        InvalidRequest: names field, value and limit.
+    """
+    refusal = request_refusal(request, info.vocab_size, info.max_request_tokens)
+    prompt = request.num_prompt_tokens or len(request.token_ids)
+    if prompt > info.max_prompt_tokens:
+        refusal = "token_ids", f"the prompt has {prompt} tokens, the limit is {info.max_prompt_tokens}"
+    elif refusal is None and 0 <= info.max_top_logprobs < request.sampling.num_logprobs:
+        asked = request.sampling.num_logprobs
+        refusal = "sampling.num_logprobs", f"num_logprobs is {asked}, the limit is {info.max_top_logprobs}"
+    if refusal is not None:
+        field, why = refusal
+        raise InvalidRequest(why, field)
