@@ -1,0 +1,1 @@
+"""Shipped to vendors: the conformance laws and simulated devices."""
