@@ -56,7 +56,7 @@ def create_app(
         CORSMiddleware,
         allow_origins=settings.cors_allow_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization"],
+        allow_headers=["*"],  # browser clients of OpenAI's send a dozen of their own
     )
     app.add_middleware(RequestScope, metrics=service.metrics)
     return app

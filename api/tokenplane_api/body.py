@@ -21,6 +21,9 @@ _PATH_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
 _AT = re.compile(r" - at `(.+)`$")
 _KINDS = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false", "array": "a list"}
 _KINDS |= {"object": "an object", "|": "or"}
+_MOST_NAME_CHARS = 100
+"""Of an unknown field: looking for the known field it may mean takes time with its length."""
+
 _KIND = re.compile(r"\b(str|int|float|bool|array|object)\b|\|")
 
 
@@ -92,9 +95,10 @@ def _shape_error(message: str, body: Any, known_fields: Sequence[str]) -> ApiErr
         unknown = re.search(r"unknown field `(.*)`", message)
         missing = re.search(r"missing required field `(.*)`", message)
         if unknown:
-            close = difflib.get_close_matches(unknown[1], known_fields, n=1)
+            name = unknown[1][:_MOST_NAME_CHARS]
+            close = difflib.get_close_matches(name, known_fields, n=1)
             hint = f"did you mean `{close[0]}`?" if close else "remove it"
-            return invalid(f"unknown field `{unknown[1]}`; {hint}", unknown[1], "unknown_parameter")
+            return invalid(f"unknown field `{name}`; {hint}", name, "unknown_parameter")
         if missing:
             return invalid(f"`{missing[1]}` is missing", missing[1], "missing_required_parameter")
         return invalid(f"the body is not of the right type: {_plain(message)}", None, "invalid_type")

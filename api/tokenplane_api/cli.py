@@ -220,7 +220,7 @@ def serve(
             max_total_tokens=max_total_tokens,
             payload_limit_bytes=payload_limit,
             validation_workers=validation_workers,
-            api_key=_usable_key(api_key),
+            api_key=_usable_key(os.environ.get("API_KEY") if api_key is None else api_key),
             cors_allow_origins=tuple(cors_allow_origin or ("*",)),
             compute_type=os.environ.get("COMPUTE_TYPE"),
         )
@@ -244,8 +244,9 @@ def _usable_hostname(hostname: str, is_from_environment: bool) -> str:
 
 
 def _usable_key(key: str | None) -> str | None:
+    """Typer takes an empty variable for none; a secret that failed to arrive must not open the server to all."""
     if key is not None and not key.strip():
-        raise ConfigError("--api-key is empty; leave it out to serve without a key")
+        raise ConfigError("--api-key (API_KEY) is empty; leave it out to serve without a key")
     return key
 
 

@@ -27,11 +27,11 @@ class ErrorKind:
     tgi_status: int
     tgi_type: str
     tgi_prefix: str = ""
-    metric: str = ""  # label of tgi_request_failure; "": not a failed generation
+    metric: str = "validation"  # label of tgi_request_failure, where a generation was asked for
     retry_after_s: int | None = None
 
 
-VALIDATION = ErrorKind(400, "invalid_request_error", 422, "validation", "Input validation error: ", "validation")
+VALIDATION = ErrorKind(400, "invalid_request_error", 422, "validation", "Input validation error: ")
 TEMPLATE = ErrorKind(400, "invalid_request_error", 422, "template_error", "Template error: ", "template")
 MALFORMED = ErrorKind(400, "invalid_request_error", 400, "bad_request")
 UNAUTHORIZED = ErrorKind(401, "invalid_request_error", 401, "unauthorized")
@@ -40,7 +40,7 @@ METHOD_NOT_ALLOWED = ErrorKind(405, "invalid_request_error", 405, "method_not_al
 TOO_LARGE = ErrorKind(413, "invalid_request_error", 413, "payload_too_large")
 MEDIA_TYPE = ErrorKind(415, "invalid_request_error", 415, "unsupported_media_type")
 OVERLOADED = ErrorKind(429, "rate_limit_error", 429, "overloaded", metric="overloaded", retry_after_s=1)
-NOT_READY = ErrorKind(503, "server_error", 503, "not_ready", retry_after_s=5)
+NOT_READY = ErrorKind(503, "server_error", 503, "not_ready", metric="generation", retry_after_s=5)
 UNHEALTHY = ErrorKind(503, "server_error", 503, "healthcheck", retry_after_s=5)
 GENERATION = ErrorKind(503, "server_error", 424, "generation", "Request failed during generation: ", "generation")
 INTERNAL = ErrorKind(500, "server_error", 500, "internal", metric="generation")

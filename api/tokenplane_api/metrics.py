@@ -68,7 +68,7 @@ class Metrics:
             "tgi_request_max_new_tokens", "Tokens allowed", buckets=totals, registry=self._registry
         )
 
-    def asked(self, num_generations: int = 1) -> None:
+    def asked(self, num_generations: int) -> None:
         """So many generations were asked for, valid or not."""
         self._count.inc(num_generations)
 
@@ -92,9 +92,10 @@ class Metrics:
         if self._generated is not None:
             self._generated.observe(generation.num_tokens)
 
-    def failed(self, cause: str) -> None:
-        """cause: overloaded, validation, template, generation, incomplete or dropped."""
-        self._failure.labels(err=cause).inc()
+    def failed(self, cause: str, num_generations: int) -> None:
+        """cause: overloaded, validation, template, generation or dropped."""
+        if num_generations:
+            self._failure.labels(err=cause).inc(num_generations)
 
     def render(self) -> bytes:
         return re.sub(rb"\b(tgi_\w+)_total\b", rb"\1", generate_latest(self._registry))

@@ -6,6 +6,7 @@ nothing to finished ones), one line is logged, and no exception travels on to th
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import INTERNAL, ApiError, as_api_error, error_response
+from .errors import INTERNAL, NOT_READY, ApiError, as_api_error, error_response
 from .metrics import Metrics
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class RequestRecord:
 
     request_id: str
     arrived_s: float
+    num_asked: int = 0  # generations, valid or not
     generations: list[Generation] = field(default_factory=list)
     error: ApiError | None = None
     client_left: bool = False
@@ -71,8 +73,14 @@ class RequestScope:
 
         try:
             await self._app(scope, receive, send_noting)
+        except asyncio.CancelledError:
+            # The server cancels what outlives the grace period; passed on, each would be a stack trace in the log.
+            record.error = ApiError(NOT_READY, "the server is stopping, and its grace period is over")
+            if status == 0:
+                await error_response(scope["path"], record.error)(scope, receive, send_noting)
         except Exception as error:
-            log.exception("id=%s internal error on %s %s", record.request_id, scope["method"], scope["path"])
+            path = _one_word(scope["path"])
+            log.exception("id=%s internal error on %s %s", record.request_id, scope["method"], path)
             record.error = as_api_error(error) if status == 0 else ApiError(INTERNAL, "internal error")
             if status == 0:
                 await error_response(scope["path"], record.error)(scope, receive, send_noting)
@@ -82,10 +90,12 @@ class RequestScope:
             _log(scope, status, record)
 
     def _count_failure(self, record: RequestRecord) -> None:
+        """What was asked for and did not finish: asked = succeeded + failed, once nothing is in flight."""
+        num_failed = record.num_asked - sum(g.finish_reason is not None for g in record.generations)
         if record.client_left:
-            self._metrics.failed("dropped")
-        elif record.error is not None and record.error.kind.metric:
-            self._metrics.failed(record.error.kind.metric)
+            self._metrics.failed("dropped", num_failed)
+        elif record.error is not None:
+            self._metrics.failed(record.error.kind.metric, num_failed)
 
 
 def _log(scope: Scope, status: int, record: RequestRecord) -> None:
@@ -129,5 +139,5 @@ def _one_word(path: str) -> str:
 
 def _one_line(text: str) -> str:
     """Client text must not forge log lines."""
-    clean = "".join(c if c.isprintable() else " " for c in text).replace('"', "'")
-    return clean if len(clean) <= 300 else clean[:297] + "..."
+    shown = text if len(text) <= 300 else text[:297] + "..."
+    return "".join(c if c.isprintable() else " " for c in shown).replace('"', "'")

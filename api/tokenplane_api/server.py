@@ -204,7 +204,7 @@ async def _serve_until_stopped(app: FastAPI, server: uvicorn.Server, listener: s
     failure = starting.exception() if starting.done() and not starting.cancelled() else None
     if failure is not None:
         server.should_exit = True
-    elif service.is_ready:
+    elif service.is_ready and not server.should_exit:  # a signal may come first, and takes the port away
         _log_banner(service, listener, perf_counter() - started_s)
     await serving
     if isinstance(failure, TokenplaneError):

@@ -66,6 +66,15 @@ class Service:
     def is_ready(self) -> bool:
         return self.limits is not None and self.engine.is_ready
 
+    def begin(self, record: RequestRecord) -> None:
+        """A request for generations has arrived; counts as one until it turns out how many. Raises as require_ready."""
+        self.require_ready()
+        self._ask(record, 1)
+
+    def _ask(self, record: RequestRecord, num_generations: int) -> None:
+        self.metrics.asked(num_generations - record.num_asked)
+        record.num_asked = num_generations
+
     def require_ready(self) -> Limits:
         """The limits of the running engine; raises ApiError (503) while there is none."""
         if self.limits is None:
@@ -98,7 +107,7 @@ class Service:
                 f"`{count_field}` asks for {len(specs)} sequences, the limit is {most} (--max-concurrent-requests)",
                 count_field,
             )
-        self.metrics.asked(len(specs) - 1)  # the route counted one on arrival
+        self._ask(record, len(specs))
         for i, spec in enumerate(specs):
             self.metrics.received(spec)
             times = Times(record.arrived_s, queued_s=perf_counter())

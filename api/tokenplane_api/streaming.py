@@ -25,10 +25,22 @@ KEEP_ALIVE_S = 15.0
 
 _encode = msgspec.json.Encoder().encode
 
+_LINE_BREAKS = {c.encode(): b"\\u%04x" % ord(c) for c in "\x85\u2028\u2029"}
+"""What some clients take for the end of a line besides \\r and \\n (Python's str.splitlines, as in httpx)."""
+
+
+def encode_line(value: Any) -> bytes:
+    """JSON that is one line for every reader of the stream."""
+    data = _encode(value)
+    if not data.isascii():
+        for character, escape in _LINE_BREAKS.items():
+            data = data.replace(character, escape)
+    return data
+
 
 def event(value: Any) -> bytes:
     """One server-sent event."""
-    return b"data: %b\n\n" % _encode(value)
+    return b"data: %b\n\n" % encode_line(value)
 
 
 class EventStream(Response):

@@ -87,6 +87,7 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("stream", "yes", "true or false"),
     ("stream_options", {"include_usage": True}, "stream"),
     ("stream_options", 5, "an object"),
+    ("stream_options", {"include_obfuscation": True}, "stream"),
     ("model", 5, "a string"),
     ("ignore_eos", 1, "true or false"),
     ("response_format", {"type": "json_object"}, "not supported"),
@@ -292,6 +293,12 @@ def test_json_of_another_shape_is_refused(client: httpx.Client, raw: bytes) -> N
 def test_numbers_beyond_all_range_are_refused(client: httpx.Client, raw: bytes) -> None:
     answer = client.post(COMPLETIONS, content=raw, headers={"content-type": "application/json"})
     assert_openai_error(answer, 400, "seed", "seed")
+
+
+def test_a_field_name_without_end_is_refused_in_short(client: httpx.Client) -> None:
+    answer = client.post(COMPLETIONS, json={"prompt": "a", "k" * 1_000_000: 1})
+    assert_openai_error(answer, 400, "k" * 100, "unknown field")
+    assert len(answer.content) < 1000
 
 
 def test_an_escaped_nul_is_ordinary_text(client: httpx.Client) -> None:

@@ -69,7 +69,8 @@ def test_the_role_comes_once_and_first(openai_client: openai.OpenAI) -> None:
 def test_usage_is_streamed_only_when_asked_for(openai_client: openai.OpenAI) -> None:
     silent = list(chat(openai_client, stream=True))
     assert all(chunk.usage is None and len(chunk.choices) == 1 for chunk in silent)
-    *chunks, last = chat(openai_client, stream=True, stream_options={"include_usage": True})
+    options = {"include_usage": True, "include_obfuscation": False}
+    *chunks, last = chat(openai_client, stream=True, stream_options=options)
     assert all(chunk.usage is None for chunk in chunks)
     assert last.choices == []
     assert last.usage.completion_tokens == 12
@@ -261,6 +262,7 @@ def test_neutral_values_of_unsupported_fields_are_accepted(client: httpx.Client)
         "parallel_tool_calls": True,
         "seed": None,
         "stream_options": None,
+        "prompt_cache_retention": "24h",
     }
     answer = client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 1, **neutral})
     assert answer.status_code == 200, answer.text

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from helpers.live_server import wait_until
 from tokenplane_api import __version__
 from tokenplane_api.cli import ANY_ADDRESS, _usable_hostname, main
 
@@ -116,6 +117,28 @@ def test_the_grace_period_ends_what_takes_too_long(model_folder: Path) -> None:
             next(answer.iter_lines())
             running.process.send_signal(signal.SIGINT)
             assert running.process.wait(timeout=20) == 0
+        running.read_rest()
+        assert not any("Traceback" in line for line in running.lines)
+
+
+def test_a_signal_while_the_model_loads_ends_it_cleanly(model_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    options = ["--model-id", str(model_folder), "--backend", "simulated-cuda", "--hostname", "127.0.0.1", "-p", port]
+    command = [sys.executable, "-m", "tokenplane_api.cli", "serve", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/live"), 30, "the port to open")
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -166,6 +189,18 @@ def test_a_wrong_start_is_one_clear_sentence(
     if code == 1:
         last = said.strip().splitlines()[-1]
         assert last.startswith("tokenplane: ")
+
+
+def test_a_key_that_is_set_but_empty_is_refused(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("API_KEY", "")
+    options = ["--model-id", str(model_folder), "--backend", "simulated-cuda", "--hostname", "127.0.0.1", "-p", "0"]
+    monkeypatch.setattr(sys, "argv", ["tokenplane", "serve", *options])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert ending.value.code == 1
+    assert "API_KEY" in capfd.readouterr().err
 
 
 def test_a_busy_port_is_named(

@@ -113,6 +113,13 @@ def test_the_root_route_streams_when_asked(client: httpx.Client) -> None:
     assert events[-1]["generated_text"].startswith(INPUTS)
 
 
+def test_an_event_is_one_line_for_readers_that_know_unicode_line_breaks(client: httpx.Client) -> None:
+    body = {"inputs": "a\u0085b\u2028c\u2029d", "stream": True, "parameters": {"max_new_tokens": 1}}
+    with client.stream("POST", "/", json=body) as answer:
+        (line,) = [line for line in answer.iter_lines() if line]
+    assert json.loads(line.removeprefix("data: "))["generated_text"].startswith(body["inputs"])
+
+
 def test_generate_ignores_a_stream_field(client: httpx.Client) -> None:
     body = {"inputs": INPUTS, "stream": True, "parameters": {"max_new_tokens": 2}}
     assert "generated_text" in client.post("/generate", json=body).json()

@@ -233,12 +233,13 @@ def test_a_browser_may_ask_before_it_has_a_key(locked_server: LiveServer) -> Non
         headers = {
             "origin": "http://localhost:8080",
             "access-control-request-method": "POST",
-            "access-control-request-headers": "authorization,content-type",
+            "access-control-request-headers": "authorization,content-type,x-stainless-os",
         }
         answer = client.options("/v1/chat/completions", headers=headers)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "*"
         assert "authorization" in answer.headers["access-control-allow-headers"]
+        assert "x-stainless-os" in answer.headers["access-control-allow-headers"]
 
 
 # --- What the server says about itself ----------------------------------------------------------------------
@@ -265,6 +266,26 @@ def test_metrics_have_tgis_names_and_count(client: httpx.Client, server: LiveSer
     assert re.search(r'^tgi_request_failure\{err="validation"\} [1-9]', after.text, re.MULTILINE)
     assert "# TYPE tgi_request_count counter" in after.text
     assert not re.search(r"^tgi_\w+(_total|_created)[ {]", after.text, re.MULTILINE)
+
+
+def test_every_generation_asked_for_is_counted_as_finished_or_failed(client: httpx.Client, server: LiveServer) -> None:
+    def counts() -> tuple[float, float]:
+        text = client.get("/metrics").text
+        failed = [line for line in text.splitlines() if line.startswith("tgi_request_failure{")]
+        ended = metric(text, "tgi_request_success") + sum(float(line.rpartition(" ")[2]) for line in failed)
+        return metric(text, "tgi_request_count"), ended
+
+    server.wait_idle()
+    asked_before, ended_before = counts()
+    client.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 3, "n": 2})
+    client.post(COMPLETIONS, json={"prompt": "a", "model": "another"})
+    client.post(COMPLETIONS, json={"prompt": "a", "n": 2, "logit_bias": {str(id): -100 for id in range(512)}})
+    client.post("/generate", content=b"{", headers={"content-type": "application/json"})
+    client.post("/generate", json={"inputs": 5})
+    client.post("/generate_stream", json={"inputs": "a", "parameters": {"temperature": 0}})
+    client.post("/tokenize", json={"inputs": 5})
+    asked, ended = counts()
+    assert (asked - asked_before, ended - ended_before) == (8, 8)
 
 
 def test_metric_buckets_are_tgis(client: httpx.Client) -> None:

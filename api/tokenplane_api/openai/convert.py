@@ -131,6 +131,9 @@ def _refuse_unsupported(request: ChatRequest | CompletionRequest) -> None:
         )
     if request.stream_options is not None and not request.stream:
         raise invalid("`stream_options` is only allowed when `stream` is true", "stream_options")
+    if request.stream_options is not None and request.stream_options.include_obfuscation:
+        field = "stream_options.include_obfuscation"
+        raise invalid(f"`{field}` is true, but this server does not pad chunks; leave it out", field)
 
 
 def _sampling(request: SamplingFields, service: Service, num_logprobs: int) -> SamplingParams:

@@ -16,7 +16,7 @@ import msgspec
 
 from ..errors import ApiError, openai_body
 from ..generation import FinishReason, GeneratedToken, Generation, Output, Piece, merge
-from ..streaming import event
+from ..streaming import encode_line, event
 from ..text.tokenizer import TextTokenizer
 
 _encode = msgspec.json.Encoder().encode
@@ -68,7 +68,7 @@ class Renderer:
 
     async def stream(self, include_usage: bool) -> AsyncGenerator[bytes, None]:
         """Chunks as the choices grow, the usage if asked for, and the end mark."""
-        prefix = _encode({**self._fields(self.chunk_object), "choices": []})[: -len(b"]}")]
+        prefix = encode_line({**self._fields(self.chunk_object), "choices": []})[: -len(b"]}")]
         frames = [b'data: %b{"index":%d,' % (prefix, index) for index in range(len(self._generations))]
         self._frame_end = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
         holders = [_LogprobHolder() for _ in self._generations]
@@ -152,8 +152,8 @@ class ChatRenderer(Renderer):
         if is_first:
             events.append(self._chunk(frame, b'"delta":{"role":"assistant","content":""}', b"null", None))
         if piece.text or tokens:
-            logprobs = _encode(self._logprobs(tokens)) if tokens else b"null"
-            events.append(self._chunk(frame, b'"delta":{"content":%b}' % _encode(piece.text), logprobs, None))
+            logprobs = encode_line(self._logprobs(tokens)) if tokens else b"null"
+            events.append(self._chunk(frame, b'"delta":{"content":%b}' % encode_line(piece.text), logprobs, None))
         if piece.finish_reason:
             events.append(self._chunk(frame, b'"delta":{}', b"null", piece.finish_reason))
         return b"".join(events)
@@ -185,8 +185,8 @@ class CompletionRenderer(Renderer):
     def _chunks(self, frame: bytes, piece: Piece, tokens: list[GeneratedToken], is_first: bool) -> bytes:
         if not (piece.text or tokens or piece.finish_reason):
             return b""
-        logprobs = _encode(self._logprobs(tokens)) if tokens else b"null"
-        return self._chunk(frame, b'"text":%b' % _encode(piece.text), logprobs, piece.finish_reason)
+        logprobs = encode_line(self._logprobs(tokens)) if tokens else b"null"
+        return self._chunk(frame, b'"text":%b' % encode_line(piece.text), logprobs, piece.finish_reason)
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
         """The older format: four lists side by side. The drawn token is always among its top_logprobs."""

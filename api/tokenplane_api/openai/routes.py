@@ -59,8 +59,7 @@ async def model(request: Request, name: str) -> Response:
 
 def _begin(request: Request) -> Service:
     service: Service = request.app.state.service
-    service.require_ready()
-    service.metrics.asked()
+    service.begin(record_of(request))
     return service
 
 

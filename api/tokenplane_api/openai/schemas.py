@@ -13,6 +13,7 @@ import msgspec
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding of the chunks, which we cannot: only false
 
 
 class TextPart(msgspec.Struct, frozen=True):
@@ -59,6 +60,8 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     # Accepted: they do not concern the answer.
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     user: str | None = None
 

@@ -54,8 +54,12 @@ async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await read_json(request, _decoder, service.settings.payload_limit_bytes)
     text = body.inputs
-    tokens = await service.in_worker(len(text), lambda: service.tokenizer.encode_offsets(text))
-    return _json([{"id": id, "text": part, "start": start, "stop": stop} for id, part, start, stop in tokens])
+
+    def answer() -> Response:
+        tokens = service.tokenizer.encode_offsets(text)
+        return _json([{"id": id, "text": part, "start": start, "stop": stop} for id, part, start, stop in tokens])
+
+    return await service.in_worker(len(text), answer)
 
 
 @router.get("/info")
@@ -95,8 +99,7 @@ async def info(request: Request) -> Response:
 
 def _begin(request: Request) -> Service:
     service: Service = request.app.state.service
-    service.require_ready()
-    service.metrics.asked()
+    service.begin(record_of(request))
     return service
 
 
