@@ -65,6 +65,7 @@ class Scheduler:
         self.preempts = capabilities.kv.kind == "paged"  # a slot's line is all a sequence ever needs
         self.chunk_tokens = capabilities.limits.chunk_tokens
         self.running: list[Sequence] = []
+        self._leaving: list[Sequence] = []  # have ended, but a launched step still names their slot and blocks
         self.num_preemptions = 0
         self._waiting: list[tuple[tuple[float, int], Sequence]] = []
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -82,14 +83,14 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence in any state. What it holds goes back once no launched step names it."""
-        was_running = sequence.state is State.RUNNING
-        was_waiting = sequence.state is State.WAITING
-        sequence.state = State.FINISHED
-        if was_waiting:
+        before, sequence.state = sequence.state, State.FINISHED
+        if before is State.WAITING:
             self.num_waiting -= 1
             self._drop_dead_entries()
-        if was_running and sequence.steps_in_flight == 0:
-            self._release(sequence)
+        elif before is State.RUNNING:
+            self.running.remove(sequence)
+            self._leaving.append(sequence)
+            self._release_if_done(sequence)
 
     def collected(self, row: Row) -> None:
         """A launched step with this row is done: publish what it computed, release a sequence that has ended."""
@@ -98,8 +99,8 @@ class Scheduler:
         # A cancelled sequence may have computed one token that it was never told.
         num_tokens = min(row.start_tokens + row.num_tokens, len(sequence.token_ids))
         self._publish(sequence, num_tokens // self.pool.block_tokens)
-        if sequence.state is State.FINISHED and sequence.steps_in_flight == 0:
-            self._release(sequence)
+        if sequence.state is State.FINISHED:
+            self._release_if_done(sequence)
 
     def _publish(self, sequence: Sequence, num_full_blocks: int) -> None:
         """Put full, computed blocks into the prefix index."""
@@ -138,7 +139,7 @@ class Scheduler:
             MustDrain: `can_preempt` is False (steps are in flight) and a decode row finds no block.
         """
         self._reserve_decode_blocks(can_preempt)
-        decoding = [s for s in self._live() if s.is_decoding and not s.has_all_tokens]
+        decoding = [s for s in self.running if s.is_decoding and not s.has_all_tokens]
         # Who has waited longest comes first, should a device not take all rows at once.
         decoding.sort(key=lambda s: (s.last_step, s.rank))
         plan = None
@@ -151,10 +152,6 @@ class Scheduler:
             self._decode_turn = False
         return self._launch(plan) if plan is not None and plan.rows else None
 
-    def _live(self) -> list[Sequence]:
-        """Running sequences without those that have ended and only wait for their last launched step."""
-        return [s for s in self.running if s.state is State.RUNNING]
-
     def _plan_decode(self, decoding: Iterable[Sequence]) -> Plan:
         plan = Plan("decode")
         for sequence in decoding:
@@ -164,7 +161,7 @@ class Scheduler:
     def _plan_prefill(self, decoding: Iterable[Sequence]) -> Plan | None:
         """A step with at least one prompt row, or None."""
         plan = Plan("prefill")
-        prompts = sorted((s for s in self._live() if not s.is_decoding and s.gap_tokens > 0), key=lambda s: s.rank)
+        prompts = sorted((s for s in self.running if not s.is_decoding and s.gap_tokens > 0), key=lambda s: s.rank)
         if not prompts and self._admissible() is None:
             return None
         if self.mixed:
@@ -285,7 +282,7 @@ class Scheduler:
 
     def _reserve_decode_blocks(self, can_preempt: bool) -> None:
         """See that every decode row has a block for its new token, best rank first; preempt worst rank if need be."""
-        for sequence in sorted(filter(self._lacks_block, self._live()), key=lambda s: s.rank):
+        for sequence in sorted(filter(self._lacks_block, self.running), key=lambda s: s.rank):
             while sequence.state is State.RUNNING:
                 fresh = self.pool.allocate(1)
                 if fresh is not None:
@@ -297,13 +294,18 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue; its tokens stay, its KV is recomputed."""
+        self.running.remove(sequence)
         self._release(sequence)
         self.num_preemptions += 1
         self._enqueue(sequence)
 
+    def _release_if_done(self, sequence: Sequence) -> None:
+        if sequence.steps_in_flight == 0:
+            self._leaving.remove(sequence)
+            self._release(sequence)
+
     def _release(self, sequence: Sequence) -> None:
         """Take slot and blocks back. Only without a step in flight that names them."""
-        self.running.remove(sequence)
         self.pool.release(sequence.block_ids)
         self._free_slots.append(sequence.slot)
         self._on_leave(sequence.slot)
@@ -311,8 +313,9 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that blocks and slots are where they should be."""
-        self.pool.check([s.block_ids for s in self.running])
-        slots = [s.slot for s in self.running] + self._free_slots
+        holders = self.running + self._leaving
+        self.pool.check([s.block_ids for s in holders])
+        slots = [s.slot for s in holders] + self._free_slots
         assert len(slots) == len(set(slots)), "a slot is held twice"
         waiting = sum(s.state is State.WAITING for _, s in self._waiting)
         assert waiting == self.num_waiting, "the queue lost count"
