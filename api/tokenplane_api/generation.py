@@ -13,7 +13,6 @@ from typing import Literal, Protocol
 
 from tokenplane_core.messages import SamplingParams, Submit, TokenEvent
 
-from .errors import GENERATION, ApiError, invalid
 from .text.stop_strings import StopStrings
 from .text.stream_decoder import StreamDecoder
 from .text.tokenizer import TextTokenizer
@@ -86,8 +85,8 @@ class Times:
 class Generation:
     """One request to the engine being read, as an async iterator of pieces.
 
-    Raises ApiError from iteration when the engine reports or suffers a failure. `cancel` may be called at any time,
-    any number of times, and must be called by whoever stops reading early.
+    Passes on the RequestError that the engine client raises when the engine refuses the request or dies. `cancel` may
+    be called at any time, any number of times, and must be called by whoever stops reading early.
     """
 
     def __init__(
@@ -126,12 +125,6 @@ class Generation:
         if self.finish_reason is not None:
             raise StopAsyncIteration
         event = await self._stream.__anext__()
-        if event.finish_reason == "error":
-            if event.error_field:
-                raise invalid(event.error, event.error_field.removeprefix("sampling."))
-            raise ApiError(GENERATION, event.error, code="generation_failed")
-        if event.finish_reason == "cancelled":
-            raise ApiError(GENERATION, "the engine cancelled the request; the server is stopping", code="cancelled")
         self._note_times(event)
         piece = self._advance(event)
         if piece.finish_reason is not None:

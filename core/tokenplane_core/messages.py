@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["length", "stop_token", "cancelled", "error"]
+FinishReason = Literal["length", "stop_token", "error"]
 
 MAX_FRAME_BYTES = 1 << 28
 

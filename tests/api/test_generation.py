@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from tokenplane_api.errors import ApiError, as_api_error, openai_body, tgi_body
+from tokenplane_api.errors import as_api_error, openai_body, tgi_body
 from tokenplane_api.generation import Generation, GenerationSpec, Output, Piece, Times, collect
 from tokenplane_api.openai.render import ChatRenderer, Head
 from tokenplane_api.text.tokenizer import TextTokenizer
 from tokenplane_api.tgi.render import stream_events
-from tokenplane_core.backend.errors import EngineFailed, EngineNotReady, InvalidRequest, QueueFull
+from tokenplane_core.backend.errors import EngineFailed, EngineNotReady, InvalidRequest, QueueFull, RequestError
 from tokenplane_core.messages import SamplingParams, TokenEvent
 
 
@@ -156,20 +156,21 @@ def test_every_core_error_has_a_name_in_both_dialects(error: Exception, openai: 
 
 
 @pytest.mark.parametrize(
-    ("event", "param"),
+    ("error", "param"),
     [
-        (TokenEvent("r", finish_reason="error", error="too long", error_field="token_ids"), "token_ids"),
-        (TokenEvent("r", finish_reason="error", error="device lost"), None),
-        (TokenEvent("r", finish_reason="cancelled"), None),
+        (InvalidRequest("too long", "token_ids"), "token_ids"),
+        (InvalidRequest("too hot", "sampling.temperature"), "temperature"),
+        (EngineFailed("device lost"), None),
+        (EngineFailed("the server is shutting down"), None),
     ],
 )
 async def test_an_engine_that_reports_an_error_is_believed(
-    tokenizer: TextTokenizer, event: TokenEvent, param: str | None
+    tokenizer: TextTokenizer, error: RequestError, param: str | None
 ) -> None:
-    generation, _ = start(tokenizer, [event])
-    with pytest.raises(ApiError) as failure:
+    generation, _ = start(tokenizer, [error])
+    with pytest.raises(type(error)) as failure:
         await read(generation)
-    assert failure.value.param == param
+    assert as_api_error(failure.value).param == param
 
 
 async def test_streamed_chunks_of_choices_are_valid_json(tokenizer: TextTokenizer) -> None:
