@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import TypeVar
 
+from fastapi import Request
+
 from tokenplane_core.client import EngineClient
 
 from .errors import NOT_READY, ApiError, invalid
 from .generation import Generation, GenerationSpec, Times
 from .metrics import Metrics
-from .request_scope import RequestRecord
+from .request_scope import RequestRecord, record_of
 from .settings import Limits, Settings, limits_for
 from .text.chat_template import ChatTemplate
 from .text.tokenizer import TextTokenizer
@@ -66,12 +68,8 @@ class Service:
     def is_ready(self) -> bool:
         return self.limits is not None and self.engine.is_ready
 
-    def begin(self, record: RequestRecord) -> None:
-        """A request for generations has arrived; counts as one until it turns out how many. Raises as require_ready."""
-        self.require_ready()
-        self._ask(record, 1)
-
-    def _ask(self, record: RequestRecord, num_generations: int) -> None:
+    def ask(self, record: RequestRecord, num_generations: int) -> None:
+        """Count what the request asks for; called again when it turns out how many."""
         self.metrics.asked(num_generations - record.num_asked)
         record.num_asked = num_generations
 
@@ -107,10 +105,22 @@ class Service:
                 f"`{count_field}` asks for {len(specs)} sequences, the limit is {most} (--max-concurrent-requests)",
                 count_field,
             )
-        self._ask(record, len(specs))
+        self.ask(record, len(specs))
         for i, spec in enumerate(specs):
             self.metrics.received(spec)
             times = Times(record.arrived_s, queued_s=perf_counter())
             stream = self.engine.submit(spec.submit(f"{record.request_id}-{i}", self.tokenizer.stop_token_ids))
             record.generations.append(Generation(spec, stream, self.tokenizer, times, self.metrics.succeeded))
         return record.generations
+
+
+def begin(request: Request) -> Service:
+    """The service, for a request for generations: counted as one until it turns out how many.
+
+    Raises:
+        ApiError: as require_ready.
+    """
+    service: Service = request.app.state.service
+    service.require_ready()
+    service.ask(record_of(request), 1)
+    return service

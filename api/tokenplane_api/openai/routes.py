@@ -14,7 +14,7 @@ from ..errors import NOT_FOUND, ApiError
 from ..generation import GenerationSpec, collect
 from ..headers import answer_headers, compute_type, stream_headers
 from ..request_scope import record_of
-from ..service import Service
+from ..service import Service, begin
 from ..streaming import EventStream, unless_client_leaves
 from .convert import chat_specs, completion_specs
 from .render import ChatRenderer, CompletionRenderer, Head, Renderer, error_events
@@ -30,7 +30,7 @@ _completion_decoder = msgspec.json.Decoder(CompletionRequest)
 
 @router.post("/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    service = _begin(request)
+    service = begin(request)
     body = await read_json(request, _chat_decoder, service.settings.payload_limit_bytes)
     specs = await chat_specs(body, service)
     return await _answer(request, service, body, specs, ChatRenderer, "n")
@@ -38,7 +38,7 @@ async def chat_completions(request: Request) -> Response:
 
 @router.post("/completions")
 async def completions(request: Request) -> Response:
-    service = _begin(request)
+    service = begin(request)
     body = await read_json(request, _completion_decoder, service.settings.payload_limit_bytes)
     specs = await completion_specs(body, service)
     return await _answer(request, service, body, specs, CompletionRenderer, "n" if (body.n or 1) > 1 else "prompt")
@@ -55,12 +55,6 @@ async def model(request: Request, name: str) -> Response:
     if name not in service.settings.accepted_names:
         raise ApiError(NOT_FOUND, f"the model `{name}` does not exist here", "model", "model_not_found")
     return _json(_model(service))
-
-
-def _begin(request: Request) -> Service:
-    service: Service = request.app.state.service
-    service.begin(record_of(request))
-    return service
 
 
 async def _answer(

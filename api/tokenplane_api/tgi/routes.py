@@ -12,7 +12,7 @@ from ..body import read_json
 from ..generation import collect
 from ..headers import answer_headers, compute_type, stream_headers
 from ..request_scope import RequestRecord, record_of
-from ..service import Service
+from ..service import Service, begin
 from ..streaming import EventStream, unless_client_leaves
 from .convert import generate_specs, wants_details
 from .render import error_event, generate_response, pick_best, stream_events
@@ -27,7 +27,7 @@ _compat_decoder = msgspec.json.Decoder(CompatGenerateRequest)
 @router.post("/")
 async def compat_generate(request: Request) -> Response:
     """A list of one answer, or a stream; the prompt is part of the text unless return_full_text says no."""
-    service = _begin(request)
+    service = begin(request)
     body = await read_json(request, _compat_decoder, service.settings.payload_limit_bytes)
     if body.stream:
         return _stream(request, service, body, full_text_default=True)
@@ -36,14 +36,14 @@ async def compat_generate(request: Request) -> Response:
 
 @router.post("/generate")
 async def generate(request: Request) -> Response:
-    service = _begin(request)
+    service = begin(request)
     body = await read_json(request, _decoder, service.settings.payload_limit_bytes)
     return await _generate(request, service, body, full_text_default=False, as_list=False)
 
 
 @router.post("/generate_stream")
 async def generate_stream(request: Request) -> Response:
-    service = _begin(request)
+    service = begin(request)
     body = await read_json(request, _decoder, service.settings.payload_limit_bytes)
     return _stream(request, service, body, full_text_default=False)
 
@@ -95,12 +95,6 @@ async def info(request: Request) -> Response:
             "max_batch_size": engine.max_sequences,
         }
     )
-
-
-def _begin(request: Request) -> Service:
-    service: Service = request.app.state.service
-    service.begin(record_of(request))
-    return service
 
 
 async def _generate(
