@@ -5,14 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
+from tokenplane_core.validation import GREEDY_BELOW, MAX_TEMPERATURE
+
 from .errors import invalid
 from .settings import Limits
-
-COLDEST_TEMPERATURE = 1e-5
-"""Below this the draw is the argmax to within float32; asking for less means greedy."""
-
-HOTTEST_TEMPERATURE = 1e4
-"""Above this the draw is uniform to within float32; more would only overflow."""
 
 
 def check_range(
@@ -48,8 +44,8 @@ def check_repetition_penalty(value: float) -> None:
 
 
 def usable_temperature(value: float) -> float:
-    """The temperature as the sampler gets it; see the two constants above."""
-    return 0.0 if value < COLDEST_TEMPERATURE else min(value, HOTTEST_TEMPERATURE)
+    """The temperature as the core takes it; native clients may send any above 0."""
+    return 0.0 if value < GREEDY_BELOW else min(value, MAX_TEMPERATURE)
 
 
 def draw_seed() -> int:

@@ -14,13 +14,15 @@ MAX_LOGPROBS = 1000
 MAX_BIAS = 1e9
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing float32 logits by them overflows, and the draw is settled anyway."""
+MAX_TEMPERATURE = 1e4
+"""Above this the draw is uniform to within float32; more would only overflow."""
 
 Refusal = tuple[str, str]
 """Field at fault, and a sentence with field, value and limit."""
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
     # field of SamplingParams, least, most
-    ("temperature", 0.0, 1e4),
+    ("temperature", 0.0, MAX_TEMPERATURE),
     ("top_k", 0, 2**31 - 1),
     ("top_p", 1e-9, 1.0),
     ("min_p", 0.0, 1.0),

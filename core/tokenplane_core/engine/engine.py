@@ -136,7 +136,7 @@ class Engine:
             self._events[client].append(event)
             return
         self._num_arrived += 1
-        if message.sampling.temperature < GREEDY_BELOW:
+        if 0 < message.sampling.temperature < GREEDY_BELOW:
             message = replace(message, sampling=replace(message.sampling, temperature=0.0))
         sequence = Sequence(message, client, self._num_arrived, self._clock(), self._ageing_s)
         sequence.samples_on_host = not samples_on_device(message.sampling, self.capabilities.sampling)
