@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
-from tokenplane_core.kit.suite import make_subject
+from tokenplane_core.kit import suite
+from tokenplane_core.kit.laws import LAWS, Subject
 
 BACKENDS = ("cpu", "simulated-cuda", "simulated-tpu", "simulated-gaudi", "simulated-neuron")
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return make_subject(request.param, None, tmp_path_factory.mktemp("tiny-llama"))
+    return suite.make_subject(request.param, None, tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.mark.parametrize("law_name", LAWS)
 def test_backend_keeps(subject: Subject, law_name: str) -> None:
-    try:
-        LAWS[law_name](subject)
-    except NotApplicable as reason:
-        pytest.skip(str(reason))
+    suite.test_law(subject, law_name)
