@@ -54,7 +54,7 @@ def test_pluggy_accepts_the_hooks() -> None:
     manager.register(plugin)
     manager.check_pending()
     implemented = {caller.name for caller in manager.get_hookcallers(plugin) or ()}
-    assert implemented == {*REQUIRED_HOOKS, "close"}
+    assert implemented == {*REQUIRED_HOOKS, "warmup", "close"}
     assert manager.hook.detect().status == "found"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenplane_core.backend.probe import GIB, join_notes, meminfo_bytes, number_list, read_number, read_text
 from tokenplane_core.backend.records import DetectReport, Device
 
 SCORE = 1  # any accelerator scores higher
@@ -32,6 +33,17 @@ ISA = {
 }
 NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
+# Arm processors give no name in /proc/cpuinfo: "CPU implementer" and "CPU part" -> core (util-linux, lscpu-arm.c).
+ARM_CORES = {
+    ("0x41", "0xd08"): "Arm Cortex-A72",
+    ("0x41", "0xd0b"): "Arm Cortex-A76",
+    ("0x41", "0xd0c"): "Arm Neoverse-N1",
+    ("0x41", "0xd40"): "Arm Neoverse-V1",
+    ("0x41", "0xd49"): "Arm Neoverse-N2",
+    ("0x41", "0xd4f"): "Arm Neoverse-V2",
+    ("0xc0", "0xac3"): "Ampere-1",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Host:
@@ -39,10 +51,12 @@ class Host:
     isa: tuple[str, ...]
     cores: int  # that computing threads should use: physical, allowed by affinity and by cgroup
     logical_cpus: int  # of the whole machine
+    numa_note: str  # which memory nodes the allowed CPUs belong to; "" if there is only one
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
+    machine_bytes: int
     total_bytes: int  # the machine's, or the tightest cgroup limit above this process
     free_bytes: int  # of that, what could still be taken without swapping
 
@@ -55,14 +69,25 @@ def detect(root: Path = Path("/")) -> DetectReport:
         kind="cpu",
         index=0,
         name=host.name,
-        arch="+".join((platform.machine() or "unknown", *host.isa)),
+        arch="+".join(("aarch64" if "neon" in host.isa else platform.machine() or "unknown", *host.isa)),
         memory_total_bytes=memory.total_bytes,
         dtypes=("bfloat16", "float32", "float16") if native_bf16 else ("float32", "bfloat16", "float16"),
         score=SCORE,
         memory_free_bytes=memory.free_bytes,
-        notes=f"{host.cores} of {host.logical_cpus} CPUs used, bfloat16 {'native' if native_bf16 else 'emulated'}",
+        notes=join_notes(
+            f"{host.cores} of {host.logical_cpus} CPUs used",
+            f"bfloat16 {'native' if native_bf16 else 'emulated'}",
+            host.numa_note,
+            _limit_note(memory),
+        ),
     )
     return DetectReport("found", (device,))
+
+
+def _limit_note(memory: Memory) -> str:
+    if memory.total_bytes >= memory.machine_bytes:
+        return ""
+    return f"memory limited by cgroup (machine: {memory.machine_bytes / GIB:.1f} GiB)"
 
 
 # --- Cores --------------------------------------------------------------------------------------------------
@@ -77,11 +102,35 @@ def read_host(root: Path = Path("/")) -> Host:
     first = cpus[0] if cpus else {}
     flags = set((first.get("flags") or first.get("Features") or "").split())
     return Host(
-        name=first.get("model name") or first.get("Model") or platform.processor() or platform.machine() or "CPU",
+        name=_name(cpus) or platform.processor() or platform.machine() or "CPU",
         isa=tuple(name for flag, name in ISA.items() if flag in flags),
         cores=max(1, cores),
         logical_cpus=len(cpus) or os.cpu_count() or 1,
+        numa_note=_numa_note(root, allowed),
     )
+
+
+def _name(cpus: list[dict[str, str]]) -> str:
+    """x86 names each CPU. Arm boards name the board, after the last CPU; Arm servers only number their cores."""
+    for cpu in (*cpus[:1], *cpus[-1:]):
+        core = ARM_CORES.get((cpu.get("CPU implementer", ""), cpu.get("CPU part", "")), "")
+        board = cpu.get("Model", "")
+        if name := cpu.get("model name") or (f"{board} ({core})" if board and core else board):
+            return name
+    return core if cpus else ""
+
+
+def _numa_note(root: Path, allowed: set[int]) -> str:
+    nodes = {
+        int(folder.name[4:]): set(number_list(read_text(folder / "cpulist")))
+        for folder in (root / "sys/devices/system/node").glob("node[0-9]*")
+    }
+    ours = sorted(node for node, cpus in nodes.items() if cpus & allowed)
+    if len(nodes) < 2 or not ours:
+        return ""
+    if len(ours) == len(nodes):
+        return f"{len(nodes)} NUMA nodes"
+    return f"on NUMA node {', '.join(map(str, ours))} of {len(nodes)}"
 
 
 def default_threads(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> int:
@@ -93,7 +142,7 @@ def default_threads(root: Path = Path("/"), environ: Mapping[str, str] = os.envi
 def _cpuinfo(root: Path) -> list[dict[str, str]]:
     """One dict per logical CPU."""
     cpus: list[dict[str, str]] = []
-    for line in _text(root / "proc/cpuinfo").splitlines():
+    for line in read_text(root / "proc/cpuinfo").splitlines():
         name, _, value = (part.strip() for part in line.partition(":"))
         if name == "processor":
             cpus.append({})
@@ -104,18 +153,10 @@ def _cpuinfo(root: Path) -> list[dict[str, str]]:
 
 def _allowed_cpus(root: Path) -> set[int] | None:
     """CPU numbers this process may run on, or None where nobody says."""
-    for line in _text(root / "proc/self/status").splitlines():
+    for line in read_text(root / "proc/self/status").splitlines():
         if line.startswith("Cpus_allowed_list:"):
-            return set(_number_list(line.partition(":")[2]))
+            return set(number_list(line.partition(":")[2]))
     return None
-
-
-def _number_list(text: str) -> Iterator[int]:
-    """`0-3,8` as the kernel writes it."""
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        if first.strip().isdigit():
-            yield from range(int(first), int(last or first) + 1)
 
 
 def _physical_cores(cpus: list[dict[str, str]], allowed: set[int]) -> int:
@@ -132,11 +173,11 @@ def _quota_cpus(root: Path) -> int:
     """Whole CPUs of the tightest cgroup quota; a fraction of a CPU is not worth a thread that gets throttled."""
     quotas = [1 << 16]
     for folder in _cgroup_folders(root, ""):
-        quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+        quota, _, period = read_text(folder / "cpu.max").partition(" ")
         if quota.isdigit() and period.isdigit():
             quotas.append(int(quota) // int(period))
     for folder in _cgroup_folders(root, "cpu"):
-        micros, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        micros, period_us = read_number(folder / "cpu.cfs_quota_us"), read_number(folder / "cpu.cfs_period_us")
         if micros and period_us:
             quotas.append(micros // period_us)
     return max(1, min(quotas))
@@ -147,13 +188,12 @@ def _quota_cpus(root: Path) -> int:
 
 def read_memory(root: Path = Path("/")) -> Memory:
     """The machine's memory, narrowed by every cgroup that holds this process."""
-    lines = re.findall(r"^(\w+): +(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
-    machine = {name: int(kib) * 1024 for name, kib in lines}
-    total = machine.get("MemTotal") or _sysconf_bytes("SC_PHYS_PAGES")
+    machine = meminfo_bytes(root)
+    total = whole = machine.get("MemTotal") or _sysconf_bytes("SC_PHYS_PAGES")
     free = machine.get("MemAvailable") or _sysconf_bytes("SC_AVPHYS_PAGES") or total
     for limit, used in _cgroup_memory(root):
         total, free = min(total, limit), min(free, max(0, limit - used))
-    return Memory(total, free)
+    return Memory(whole, total, free)
 
 
 def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
@@ -163,14 +203,14 @@ def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         for folder in _cgroup_folders(root, controller):
-            limit, used = _number(folder / limit_file), _number(folder / used_file)
+            limit, used = read_number(folder / limit_file), read_number(folder / used_file)
             if limit is not None:
                 yield limit, max(0, (used or 0) - _inactive_file(folder))
 
 
 def _inactive_file(folder: Path) -> int:
     """Version 1 counts the groups below under a name of its own, and its usage figure includes them."""
-    stat = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
+    stat = dict(line.split(" ", 1) for line in read_text(folder / "memory.stat").splitlines() if " " in line)
     return int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
 
 
@@ -184,25 +224,13 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     passed over, the mount point itself always counts.
     """
     base = root / "sys/fs/cgroup"
-    for controllers, path in re.findall(r"^\d+:([^:]*):/(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE):
+    for controllers, path in re.findall(r"^\d+:([^:]*):/(.*)$", read_text(root / "proc/self/cgroup"), re.MULTILINE):
         if controller in controllers.split(","):
             mount = base / controllers if controller else base
             if controller and not mount.is_dir():
                 mount = base / controller
             inner = Path(path)
             yield from (mount / part for part in (inner, *inner.parents) if ".." not in part.parts)
-
-
-def _number(file: Path) -> int | None:
-    text = _text(file).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _sysconf_bytes(pages: str) -> int:

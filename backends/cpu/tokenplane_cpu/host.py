@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tokenplane_torch.device import TorchDevice
-from tokenplane_torch.kernels import AttentionKernels
+from tokenplane_torch.kernels import AttentionKernels, LayerNeed
 
 from .attention import kernels
 from .device import read_memory
@@ -23,16 +25,17 @@ class HostDevice(TorchDevice):
     def torch_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def kernels(self) -> AttentionKernels:
+    def kernels(self, needs: Sequence[LayerNeed]) -> AttentionKernels:
         return kernels()
 
     def free_bytes(self) -> int:
         return read_memory().free_bytes
 
-    def kv_budget_bytes(self) -> int:
-        """What is free once the weights are loaded, less a reserve of 1/8 of the memory allowed (at least 256 MiB).
+    def total_bytes(self) -> int:
+        return read_memory().total_bytes
 
-        The reserve is for activations, gathered keys, logits, the allocator's slack and the rest of the machine.
+    def headroom_bytes(self) -> int:
+        """1/8 of the memory allowed, at least 256 MiB: for activations, gathered keys, logits, the allocator's slack
+        and the rest of the machine.
         """
-        memory = read_memory()
-        return max(0, memory.free_bytes - max(RESERVE_BYTES, memory.total_bytes // 8))
+        return max(RESERVE_BYTES, self.total_bytes() // 8)

@@ -57,7 +57,7 @@ def plan_of(new: list[int], context: list[int], seed: int = 0) -> StepPlan:
         tables,
         np.ones(len(new), np.bool_),
         BLOCK_TOKENS,
-        torch.device("cpu"),
+        torch.from_numpy,
     )
 
 
@@ -88,15 +88,13 @@ def run(new: list[int], context: list[int], rule: AttentionRule, kernels: TorchK
 
 def tables_of(plan: StepPlan, row: int) -> np.ndarray:
     """Cache rows of all positions of a row, found through the plan's own groups."""
-    groups = [group for group in (plan.decode, plan.prefill) if group is not None]
     by_token = {}
-    for group in groups:
-        for i in range(len(group)):
-            tokens = np.arange(group.starts[i], group.starts[i + 1])
-            first = int(tokens[0] if group.tokens is None else group.tokens[tokens[0]])
-            by_token[first] = (group, i, int(group.context_lens[i]) + len(tokens))
-    group, i, length = by_token[sorted(by_token)[row]]
-    return group.cache_index(i, np.arange(length))
+    for group in (plan.decode, plan.prefill):
+        for i in range(len(group) if group is not None else 0):
+            by_token[int(group.first_tokens[i])] = (group, i)
+    group, i = by_token[sorted(by_token)[row]]
+    length = int(group.context_lens[i] + group.num_tokens[i])
+    return group.host.cache_index(i, np.arange(length), BLOCK_TOKENS)
 
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import tokenplane_torch.sampler as torch_sampler
 from tokenplane_core.backend import sampling as reference
 from tokenplane_core.messages import SamplingParams
+from tokenplane_torch.slots import Histories
+from tokenplane_torch.testing.device import PlainDevice
 from tokenplane_torch.testing.driver import sampling_batch
 
 VOCAB = 97
@@ -34,6 +36,25 @@ FEATURES: dict[str, st.SearchStrategy[Any]] = {
     "num_logprobs": st.integers(0, 7),
     "processed_logprobs": st.just(True),
 }
+
+
+def drawn_by_torch(
+    logits: torch.Tensor, batch: Any, histories: list[reference.History] | None = None
+) -> reference.Samples:
+    """What the torch sampler draws, on the host; histories of every row."""
+    device = PlainDevice()
+    known = None
+    penalised = np.flatnonzero(torch_sampler.needs_history(batch))
+    if histories is not None and len(penalised):
+        mine = [histories[i] for i in penalised]
+        padded = np.full((len(mine), max(len(h.token_ids) for h in mine)), VOCAB - 1, np.int32)
+        for row, history in zip(padded, mine, strict=True):
+            row[: len(history.token_ids)] = history.token_ids
+        lengths, prompts = [len(h.token_ids) for h in mine], [h.num_prompt_tokens for h in mine]
+        known = Histories(torch.from_numpy(padded), torch.tensor(lengths), torch.tensor(prompts))
+    drawn = torch_sampler.TorchSampler(device).draw(logits, np.arange(len(logits)), batch, known)
+    token_ids, *rest = [tensor.numpy() for tensor in drawn.tensors()]
+    return reference.Samples(token_ids, *(rest or (None, None, None)))
 
 
 def rows(features: list[str]) -> st.SearchStrategy[list[SamplingParams]]:
@@ -58,7 +79,7 @@ def random_case(params: list[SamplingParams], seed: int, ties: bool) -> tuple[np
 
 def assert_same(logits: np.ndarray, batch: Any, histories: list[reference.History]) -> None:
     want = reference.sample(logits, batch, histories)
-    got = torch_sampler.sample(torch.from_numpy(logits.copy()), batch, histories)
+    got = drawn_by_torch(torch.from_numpy(logits.copy()), batch, histories)
     same = got.token_ids == want.token_ids
     for i in np.flatnonzero(~same).tolist():
         assert is_borderline(logits[i], batch, i, histories[i], int(got.token_ids[i]))
@@ -118,7 +139,7 @@ def test_hardly_any_draw_needs_the_tolerance() -> None:
         params = [SamplingParams(temperature=0.9, top_p=0.9, typical_p=0.95, min_p=0.01, seed=s) for s in range(64)]
         logits, batch, histories = random_case(params, seed, ties=False)
         want = reference.sample(logits, batch, histories)
-        got = torch_sampler.sample(torch.from_numpy(logits), batch, histories)
+        got = drawn_by_torch(torch.from_numpy(logits), batch, histories)
         mismatches += int((got.token_ids != want.token_ids).sum())
         total += len(params)
     assert mismatches <= total // 1000
@@ -148,7 +169,7 @@ def test_the_best_ids_are_those_of_a_stable_sort() -> None:
 def test_greedy_takes_the_lowest_id_on_a_tie_and_asks_for_no_histories() -> None:
     logits = torch.zeros(3, VOCAB, dtype=torch.bfloat16)
     logits[1, 40] = logits[1, 60] = 1
-    drawn = torch_sampler.sample(logits, sampling_batch([SamplingParams()] * 3, [0, 1, 2]), [None] * 3)
+    drawn = drawn_by_torch(logits, sampling_batch([SamplingParams()] * 3, [0, 1, 2]))
     assert drawn.token_ids.tolist() == [0, 40, 0]
     assert drawn.token_ids.dtype == np.int32 and drawn.logprobs is None
 
@@ -157,9 +178,9 @@ def test_a_seed_draws_the_same_token_whatever_else_is_in_the_batch() -> None:
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 2, (8, VOCAB)).astype(np.float32)
     params = [SamplingParams(temperature=0.5 + i / 8, top_p=0.8 if i % 2 else 1.0, seed=i) for i in range(8)]
-    together = torch_sampler.sample(torch.from_numpy(logits), sampling_batch(params, range(8)), [None] * 8)
+    together = drawn_by_torch(torch.from_numpy(logits), sampling_batch(params, range(8)))
     for i in range(8):
-        alone = torch_sampler.sample(torch.from_numpy(logits[i : i + 1]), sampling_batch([params[i]], [i]), [None])
+        alone = drawn_by_torch(torch.from_numpy(logits[i : i + 1]), sampling_batch([params[i]], [i]))
         assert alone.token_ids[0] == together.token_ids[i]
 
 
@@ -169,7 +190,5 @@ def test_logits_are_left_as_they_were() -> None:
     logits = torch.from_numpy(rng.normal(0, 2, (2, VOCAB)).astype(np.float32))
     before = logits.clone()
     params = [SamplingParams(temperature=0.7, top_k=5, logit_bias={3: 4.0}, repetition_penalty=1.3, num_logprobs=2)] * 2
-    torch_sampler.sample(
-        logits, sampling_batch(params, [4, 4]), [reference.History(np.arange(4, dtype=np.int32), 2)] * 2
-    )
+    drawn_by_torch(logits, sampling_batch(params, [4, 4]), [reference.History(np.arange(4, dtype=np.int32), 2)] * 2)
     assert torch.equal(logits, before)

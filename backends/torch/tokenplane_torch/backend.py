@@ -19,7 +19,7 @@ import gc
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from tokenplane_core.backend.errors import BackendUnavailable, ContractViolation, OutOfMemory
+from tokenplane_core.backend.errors import BackendUnavailable, ContractViolation
 from tokenplane_core.backend.hookspecs import hookimpl
 from tokenplane_core.backend.records import (
     CONTRACT_VERSION,
@@ -27,10 +27,7 @@ from tokenplane_core.backend.records import (
     DecodeBatch,
     DetectReport,
     Device,
-    FinishedStep,
     KVLayout,
-    KVSpec,
-    Limits,
     LoadOptions,
     ModelSpec,
     PrefillBatch,
@@ -45,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class TorchBackend(ABC):
-    """Implements load, kv_alloc, prefill, decode and close; a subclass adds detect and open_device."""
+    """Implements all hooks but detect; a subclass adds that and open_device."""
 
     contract = CONTRACT_VERSION
     name: str  # the entry point's
@@ -73,76 +70,59 @@ class TorchBackend(ABC):
         """
         found = self._found(options.device_index)
         self.close()
-        from .checks import check_model
-        from .kv_cache import block_bytes
-        from .loader import load_model, weights_bytes
-        from .runner import ModelRunner
+        from .startup import load_runner
 
         device = self.open_device(found, options)
-        kernels = device.kernels()
-        module = load_model(model, device)
-        shapes = check_model(module, model, device, kernels)
-        self._device, self._runner = device, ModelRunner(module, model, shapes, kernels)
-        gc.collect()  # what loading left behind would count as taken
-        sequences = _wish(options.max_sequences, device.default_sequences, device.most_sequences)
+        try:
+            loaded = load_runner(model, device, options)
+        except BaseException:
+            device.close()
+            raise
+        self._device, self._runner = device, loaded.runner
         return Capabilities(
             contract=CONTRACT_VERSION,
             backend=self.name,
             version=self.version,
             device=found,
             dtype=model.dtype,
-            limits=Limits(
-                max_sequences=sequences,
-                max_step_tokens=_wish(options.max_step_tokens, device.default_step_tokens, device.most_step_tokens),
-                max_model_tokens=model.max_model_tokens,
-                max_prefill_rows=sequences,
-            ),
-            kv=KVSpec(
-                kind="paged",
-                block_tokens=device.block_tokens,
-                block_bytes=block_bytes(shapes, device.block_tokens),
-                budget_bytes=device.kv_budget_bytes(),
-            ),
-            mixed=True,
-            weights_bytes=weights_bytes(module),
-            kernels={**kernels.describe(), "sampling": "torch"},
+            limits=loaded.limits,
+            kv=loaded.kv,
+            shapes=loaded.shapes,
+            sampling=device.sampling,
+            mixed=device.mixed,
+            async_depth=device.async_depth,
+            weights_bytes=loaded.weights_bytes,
+            reserved_bytes=loaded.reserved_bytes,
+            kernels=loaded.kernels,
         )
 
     @hookimpl
     def kv_alloc(self, layout: KVLayout) -> bool:
         """Allocate the cache, dropping an earlier one first."""
-        from .kv_cache import block_bytes
-        from .loader import is_out_of_memory
+        from .startup import allocate_cache
 
         runner, device = self._loaded()
-        if layout.block_tokens != device.block_tokens:
-            raise ContractViolation(
-                f"KVLayout.block_tokens is {layout.block_tokens}, declared was {device.block_tokens}"
-            )
-        runner.layers = []
-        wanted, free = layout.num_blocks * block_bytes(runner.shapes, layout.block_tokens), device.free_bytes()
-        if wanted > free:
-            raise OutOfMemory(f"a KV cache of {layout.num_blocks} blocks needs {wanted} bytes, {free} are free")
-        try:
-            runner.allocate(layout)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise OutOfMemory(f"a KV cache of {wanted} bytes does not fit: {error}") from error
-            raise
+        allocate_cache(runner, device, layout)
         return True
 
     @hookimpl
+    def warmup(self) -> int:
+        return self._loaded()[0].warmup()
+
+    @hookimpl
     def prefill(self, batch: PrefillBatch, sampling: SamplingBatch) -> StepHandle:
-        return FinishedStep(self._loaded()[0].prefill(batch, sampling))
+        return self._loaded()[0].prefill(batch, sampling)
 
     @hookimpl
     def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
-        return FinishedStep(self._loaded()[0].decode(batch, sampling))
+        return self._loaded()[0].decode(batch, sampling)
 
     @hookimpl
     def close(self) -> bool:
-        self._device = self._runner = None
+        device, self._device, self._runner = self._device, None, None
         gc.collect()
+        if device is not None:
+            device.close()
         return True
 
     def _found(self, index: int) -> Device:
@@ -157,8 +137,3 @@ class TorchBackend(ABC):
         if self._runner is None or self._device is None:
             raise ContractViolation(f"{self.name}: load() must come before kv_alloc(), prefill() and decode()")
         return self._runner, self._device
-
-
-def _wish(wish: int | None, default: int, most: int) -> int:
-    """What a plugin offers for a user's wish: at least 1, at most what the device is good for."""
-    return default if wish is None else max(1, min(wish, most))

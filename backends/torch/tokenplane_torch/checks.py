@@ -23,8 +23,8 @@ from tokenplane_core.backend.records import ModelSpec
 from . import attention
 from .attention import AttentionRule
 from .device import TorchDevice
-from .kernels import AttentionKernels
-from .kv_cache import LayerShape, allocate
+from .kernels import AttentionKernels, LayerNeed
+from .kv_cache import LayerShape
 from .loader import OUTSIDE_INTERFACE, first_line, is_out_of_memory, refused
 from .step import PagedStep, plan_step
 
@@ -32,19 +32,20 @@ OBSERVED = attention.NAME + "_observed"  # the same function, but with a mask pr
 
 
 def check_model(
-    module: PreTrainedModel, model: ModelSpec, device: TorchDevice, kernels: AttentionKernels
-) -> list[LayerShape]:
-    """Check the loaded model; return what each layer caches.
+    module: PreTrainedModel, model: ModelSpec, device: TorchDevice
+) -> tuple[list[LayerNeed], AttentionKernels]:
+    """Check the loaded model; return what each layer's attention needs, and the device's kernels for it.
 
     Raises:
         UnsupportedModel: with the model type and the reason; the module is as it was.
         OutOfMemory: the weights fit, a few tokens more did not.
     """
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # torch-xla multiplies no weight in inference mode
             require_steady_positions(module, model.max_model_tokens)
-            shapes = observe(module, model)
-            compare(module, model, shapes, device, kernels)
+            needs = observe(module, model)
+            kernels = device.kernels(needs)
+            compare(module, model, [need.shape for need in needs], device, kernels)
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemory(f"{model.model_id}: no memory left to run it: {first_line(error)}") from error
@@ -52,7 +53,7 @@ def check_model(
         failure = f"it does not run on a packed batch without a mask ({type(error).__name__}: {first_line(error)})"
         reason = str(error) if known else failure
         raise refused(model, reason) from error
-    return shapes
+    return needs, kernels
 
 
 # --- Position scaling ---------------------------------------------------------------------------------------
@@ -98,8 +99,7 @@ class PreparedMask:
 @dataclass(frozen=True, slots=True)
 class Seen:
     layer: int
-    shape: LayerShape
-    window: int | None
+    need: LayerNeed
     mask: object
 
 
@@ -115,11 +115,12 @@ class ObservedStep:
         if key.dtype != value.dtype or key.dtype != query.dtype:
             raise UnsupportedModel(f"layer {layer} mixes {query.dtype}, {key.dtype} and {value.dtype} in its attention")
         shape = LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype)
-        self.seen.append(Seen(layer, shape, rule.window, mask))
+        need = LayerNeed(query.shape[1], shape, rule.window, rule.softcap, rule.sinks is not None)
+        self.seen.append(Seen(layer, need, mask))
         return query.new_zeros((*query.shape[:2], value.shape[2]))
 
 
-def observe(module: PreTrainedModel, model: ModelSpec) -> list[LayerShape]:
+def observe(module: PreTrainedModel, model: ModelSpec) -> list[LayerNeed]:
     """Run a few tokens at the last positions a sequence may have, and look at every attention call.
 
     Raises:
@@ -137,7 +138,7 @@ def observe(module: PreTrainedModel, model: ModelSpec) -> list[LayerShape]:
     _require_every_layer(calls, model.num_layers)
     for seen in step.seen:
         _require_known_mask(seen, model.max_model_tokens)
-    return [seen.shape for seen in step.seen]
+    return [seen.need for seen in step.seen]
 
 
 def _require_every_layer(calls: list[int], num_layers: int) -> None:
@@ -162,7 +163,7 @@ def _require_known_mask(seen: Seen, max_model_tokens: int) -> None:
         return
     if not isinstance(seen.mask, PreparedMask):
         raise UnsupportedModel(f"layer {seen.layer} makes an attention mask of its own")
-    window = seen.window or max_model_tokens
+    window = seen.need.window or max_model_tokens
     edges = np.array([0, 1, 2, window - 1, window, window + 1, max_model_tokens - 2, max_model_tokens - 1])
     grid = np.unique(np.concatenate((edges, np.linspace(0, max_model_tokens - 1, 64).astype(np.int64))))
     query = grid[(grid >= 0) & (grid < max_model_tokens)]
@@ -178,42 +179,44 @@ def _require_known_mask(seen: Seen, max_model_tokens: int) -> None:
     if not torch.equal(asked, ours):
         at = int((asked != ours).nonzero()[0])
         raise UnsupportedModel(
-            f"layer {seen.layer} is masked in a way that is neither causal nor a sliding window of {seen.window} tokens"
-            f" (position {int(q[at])} and position {int(k[at])})"
+            f"layer {seen.layer} is masked in a way that is neither causal nor a sliding window of {seen.need.window}"
+            f" tokens (position {int(q[at])} and position {int(k[at])})"
         )
 
 
 # --- Does it compute the same -------------------------------------------------------------------------------
 
-CHUNKS = ((4, 2), (1, 3), (2, 1))  # tokens of sequence A and B in each packed step: chunks, a decode row, mixed
-BLOCKS = ((5, 2), (1, 4))  # their block tables: scattered, blocks of 4 tokens
+BLOCKS = ((5, 2), (1, 4))  # block tables of sequence A and B: scattered
 
 
 def compare(
-    module: PreTrainedModel,
-    model: ModelSpec,
-    shapes: list[LayerShape],
-    device: TorchDevice,
-    kernels: AttentionKernels,
-    block_tokens: int = 4,
+    module: PreTrainedModel, model: ModelSpec, shapes: list[LayerShape], device: TorchDevice, kernels: AttentionKernels
 ) -> None:
     """Run two sequences packed through the paged cache, and each alone through the model's own eager attention.
 
     Raises:
         UnsupportedModel: the logits differ by more than rounding.
     """
+    # Tokens of A and B in each packed step: chunks, a decode row, mixed. A goes on into its second block.
+    whole_block = max(1, min(device.block_tokens, model.max_model_tokens - 3))
+    chunks = np.array(((whole_block, 2), (1, 3), (2, 1)), np.int32)
     rng = np.random.default_rng(0)
-    lengths = np.sum(CHUNKS, axis=0)
-    sequences = [rng.integers(0, model.vocab_size, length).astype(np.int32) for length in lengths]
-    layers = allocate(shapes, 6, block_tokens, device.torch_device)
+    sequences = [rng.integers(0, model.vocab_size, length).astype(np.int32) for length in chunks.sum(axis=0)]
+    layers = device.allocate(shapes, 6)
     packed: list[list[Tensor]] = [[], []]
     context = np.zeros(2, np.int32)
-    for chunk in np.array(CHUNKS, np.int32):
+    for chunk in chunks:
         token_ids = np.concatenate([s[c : c + n] for s, c, n in zip(sequences, context, chunk, strict=True)])
         plan = plan_step(
-            token_ids, chunk, context, np.array(BLOCKS, np.int32), np.ones(2, np.bool_), block_tokens, module.device
+            token_ids,
+            chunk,
+            context,
+            np.array(BLOCKS, np.int32),
+            np.ones(2, np.bool_),
+            device.block_tokens,
+            device.upload,
         )
-        logits = _forward(module, plan.token_ids[0], plan.position_ids[0], PagedStep(plan, layers, kernels))
+        logits = _forward(module, plan.token_ids.long(), plan.positions, PagedStep(plan, layers, kernels))
         for sequence, part in enumerate(torch.split(logits, chunk.tolist())):
             packed[sequence].append(part)
         context = context + chunk

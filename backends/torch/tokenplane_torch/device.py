@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenplane_core.backend.records import SamplingCaps, ShapePolicy
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
-    from .kernels import AttentionKernels
+    from .executors import StepExecutor
+    from .kernels import AttentionKernels, LayerNeed
+    from .kv_cache import LayerCache, LayerShape
+    from .readback import StepClock
+    from .sampler import Sampler
 
 
 class TorchDevice(ABC):
-    """One opened device. Made in `load`, after torch is there; the attributes are facts and never change."""
+    """One opened device. Made in `load`, after torch is there; the attributes are facts and never change.
+
+    The defaults are those of a host: ragged steps, computed inside the call.
+    """
 
     block_tokens: int = 32  # tokens in a KV block
     default_sequences: int = 64  # Limits.max_sequences unless the user wishes otherwise ...
     most_sequences: int = 1024  # ... and the most a wish can get
     default_step_tokens: int = 2048  # the same for Limits.max_step_tokens
     most_step_tokens: int = 32768
+    async_depth: int = 0
+    mixed: bool = True  # a prefill call may carry decode rows
+    max_prefill_rows: int | None = None  # None: as many as there are sequences
+    max_table_entries: int | None = None
+    tables_on_device: bool = False  # compiled steps look blocks up in a table that the device keeps
+    sampling = SamplingCaps()
 
     @property
     @abstractmethod
@@ -26,13 +43,83 @@ class TorchDevice(ABC):
         """Where weights, cache and activations live."""
 
     @abstractmethod
-    def kernels(self) -> AttentionKernels:
-        """The write and attend kernels, called once per loaded model."""
+    def kernels(self, needs: Sequence[LayerNeed]) -> AttentionKernels:
+        """The write and attend kernels for a loaded model's layers."""
 
     @abstractmethod
     def free_bytes(self) -> int:
         """Memory that this process could still take on the device, measured now."""
 
     @abstractmethod
-    def kv_budget_bytes(self) -> int:
-        """How much of it the KV cache may have, measured now: free memory less what the steps themselves need."""
+    def total_bytes(self) -> int:
+        """Memory this process could ever take on the device."""
+
+    @abstractmethod
+    def headroom_bytes(self) -> int:
+        """What must stay free besides weights, cache and what a step was measured to need."""
+
+    def allocate(self, shapes: Sequence[LayerShape], num_blocks: int) -> list[LayerCache]:
+        """A cache in the layout that the kernels read, one entry per layer; not cleared."""
+        from .kv_cache import allocate
+
+        return allocate(shapes, num_blocks, self.block_tokens, self.torch_device)
+
+    def block_bytes(self, shapes: Sequence[LayerShape]) -> int:
+        """Memory of one block of it, over all layers."""
+        from .kv_cache import block_bytes
+
+        return block_bytes(shapes, self.block_tokens)
+
+    def shapes(self, sequences: int, step_tokens: int, max_model_tokens: int) -> ShapePolicy:
+        """Which shapes it runs, given the limits. Batches with a bucket go through the executor."""
+        return ShapePolicy()
+
+    def executor(self) -> StepExecutor:
+        """Who runs padded steps; asked for once per allocated cache."""
+        from .executors import EagerExecutor
+
+        return EagerExecutor(self)
+
+    def sampler(self) -> Sampler:
+        from .sampler import TorchSampler
+
+        return TorchSampler(self)
+
+    def fuse(self, module: torch.nn.Module) -> Mapping[str, str]:
+        """Replace parts of a loaded model by fused ones that compute the same; which and why, for the kernels' list."""
+        return {}
+
+    def upload(self, array: NDArray[Any]) -> torch.Tensor:
+        """A host array on the device, in order with what is launched after it. The array is not written to again."""
+        import torch
+
+        return torch.from_numpy(array).to(self.torch_device)
+
+    def clock(self) -> StepClock:
+        """Begin a step: times it and brings its results back."""
+        from .readback import HostClock
+
+        return HostClock()
+
+    def peak_bytes(self) -> int | None:
+        """Most memory taken since the last call, above what is taken now; None where nobody counts.
+
+        With it, `load` measures what a full step needs instead of guessing.
+        """
+        return None
+
+    def taken_bytes(self) -> int | None:
+        """Memory that is taken on the device as its driver counts, or None; what captured graphs keep shows here."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 (most devices have nothing to do)
+        """Give memory back. May be called twice."""
+
+
+def powers_of_two(first: int, last: int) -> Sequence[int]:
+    """first, 2 * first, ... and `last` at the end."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return [*sizes, last]

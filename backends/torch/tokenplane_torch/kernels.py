@@ -11,16 +11,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tokenplane_core.backend.errors import ContractViolation
+from tokenplane_core.backend.records import I32
+
 from .attention import AttentionRule
-from .kv_cache import LayerCache
-from .step import Rows
+from .kv_cache import LayerCache, LayerShape
+from .step import HostRows, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNeed:
+    """What the attention of one layer needs, as it was seen when the loaded model ran."""
+
+    heads: int
+    shape: LayerShape
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
 
 class AttentionKernels(Protocol):
     """What a device plugin supplies to compute attention over the paged cache.
 
     Shapes everywhere: query [t, heads, key_dim] and out [t, heads, value_dim] over the t packed tokens of the step,
-    of which a call reads and writes only those of its rows. What is the same for all layers belongs in `Rows.once`.
+    of which a call reads and writes only those of its rows. Positions of the cache that nobody wrote may hold anything,
+    a NaN too. In a padded step (padded.py) `rows.host` is None and a call may neither look at values on the host nor
+    choose shapes by them; it serves decode rows of a prefill batch in `attend_prefill`.
     """
 
     def describe(self) -> Mapping[str, str]:
@@ -51,13 +67,13 @@ class _DecodePart:
 
 @dataclass(frozen=True, slots=True)
 class _PrefillRow:
-    tokens: Tensor | slice
+    tokens: slice
     index: Tensor  # i64 [length] cache rows of its keys
     mask: Tensor | None  # [tokens, length] 0 or -inf; None: plain causal over the row's own tokens
 
 
 class TorchKernels:
-    """Gather, then torch's attention. Decode rows go together, prompt rows one after the other.
+    """Gather, then torch's attention. Decode rows go together, prompt rows one after the other. Ragged steps only.
 
     Not for two threads at once: the gathered keys and values live in buffers that all layers and steps share.
     """
@@ -108,39 +124,56 @@ class TorchKernels:
         return gather("key", cache.key_tokens, cache.key), gather("value", cache.value_tokens, cache.value)
 
 
+def _planned(rows: Rows) -> HostRows:
+    if rows.host is None:
+        raise ContractViolation("TorchKernels plans on the host and cannot serve padded steps; FixedKernels can")
+    return rows.host
+
+
 def _decode_parts(rows: Rows, window: int | None, dtype: torch.dtype, gather_tokens: int) -> list[_DecodePart]:
     """Cut decode rows into parts of at most `gather_tokens` gathered keys (but at least one row)."""
-    lengths = rows.context_lens.astype(np.int64) + 1
+    host = _planned(rows)
+    lengths = host.context_lens.astype(np.int64) + 1
     visible = lengths if window is None else np.minimum(lengths, window)
     step = max(1, gather_tokens // int(visible.max()))
     parts = []
-    for start in range(0, len(rows), step):
-        chosen = slice(start, min(start + step, len(rows)))
+    for start in range(0, len(lengths), step):
+        chosen = slice(start, min(start + step, len(lengths)))
         first = (lengths - visible)[chosen, None]
         offsets = np.arange(visible[chosen].max())
         padding = offsets >= visible[chosen, None]
         # Padding repeats the row's first visible key: masked, but certainly written.
-        index = rows.cache_index(chosen, first + np.where(padding, 0, offsets))
-        mask = rows.upload(np.where(padding, np.float32(-np.inf), np.float32(0))).to(dtype)[:, None, None]
-        tokens = chosen if rows.tokens is None else rows.upload(rows.tokens[chosen].astype(np.int64))
-        parts.append(_DecodePart(tokens, rows.upload(index.reshape(-1)), mask if padding.any() else None))
+        index = host.cache_index(chosen, first + np.where(padding, 0, offsets), rows.block_tokens)
+        mask = host.upload(np.where(padding, np.float32(-np.inf), np.float32(0))).to(dtype)[:, None, None]
+        tokens = _token_index(host, host.first_tokens[chosen])
+        parts.append(_DecodePart(tokens, host.upload(index.reshape(-1)), mask if padding.any() else None))
     return parts
 
 
+def _token_index(host: HostRows, first_tokens: I32) -> Tensor | slice:
+    """A slice where rows of one token lie side by side: it costs no copy."""
+    start, count = int(first_tokens[0]), len(first_tokens)
+    if first_tokens[-1] - start == count - 1 and (np.diff(first_tokens) == 1).all():
+        return slice(start, start + count)
+    return host.upload(first_tokens.astype(np.int64))
+
+
 def _prefill_rows(rows: Rows, window: int | None, dtype: torch.dtype) -> list[_PrefillRow]:
+    host = _planned(rows)
     plans = []
-    for i, context in enumerate(rows.context_lens.tolist()):
-        chosen = slice(int(rows.starts[i]), int(rows.starts[i + 1]))
-        end = context + chosen.stop - chosen.start
+    for i, (start, count, context) in enumerate(
+        zip(host.first_tokens.tolist(), host.num_tokens.tolist(), host.context_lens.tolist(), strict=True)
+    ):
+        end = context + count
         first = 0 if window is None else max(0, context - window + 1)
         keys = np.arange(first, end)
         mask = None
         if context > 0 or (window is not None and end > window):
             distance = np.arange(context, end)[:, None] - keys
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            mask = rows.upload(np.where(hidden, np.float32(-np.inf), np.float32(0))).to(dtype)
-        tokens = chosen if rows.tokens is None else rows.upload(rows.tokens[chosen].astype(np.int64))
-        plans.append(_PrefillRow(tokens, rows.upload(rows.cache_index(i, keys)), mask))
+            mask = host.upload(np.where(hidden, np.float32(-np.inf), np.float32(0))).to(dtype)
+        index = host.upload(host.cache_index(i, keys, rows.block_tokens))
+        plans.append(_PrefillRow(slice(start, start + count), index, mask))
     return plans
 
 

@@ -30,6 +30,10 @@ class LayerCache:
     key: Tensor  # [blocks, block_tokens, kv_heads, key_dim]
     value: Tensor  # [blocks, block_tokens, kv_heads, value_dim]
 
+    def tensors(self) -> list[Tensor]:
+        """What a step changes."""
+        return [self.key, self.value]
+
     @property
     def key_tokens(self) -> Tensor:
         """The same memory as one row per token: [blocks * block_tokens, kv_heads * key_dim]."""

@@ -6,9 +6,7 @@ checked in checks.py.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import transformers
 
 from tokenplane_core.backend.errors import OutOfMemory, UnsupportedModel
 from tokenplane_core.backend.records import ModelSpec
+from tokenplane_core.weight_files import stored_weights_bytes
 
 from . import attention
 from .device import TorchDevice
@@ -57,6 +56,7 @@ def load_model(model: ModelSpec, device: TorchDevice) -> transformers.PreTrained
             output_loading_info=True,
         )
         loaded = loaded.to(device.torch_device)
+        loaded.tie_weights()  # moving to some devices makes two weights of one
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemory(f"{model.model_id}: its weights do not fit: {first_line(error)}") from error
@@ -109,47 +109,9 @@ def require_all_weights(model: ModelSpec, report: Mapping[str, Any]) -> None:
         )
 
 
-def stored_weights_bytes(model: ModelSpec) -> int:
-    """Memory of the folder's weights: floats of two bytes and more as `model.dtype`, the rest as stored."""
-    itemsize = getattr(torch, model.dtype).itemsize
-    total = 0
-    for entry in _tensor_entries(Path(model.path)):
-        if entry["dtype"] in {"F64", "F32", "F16", "BF16"}:
-            total += math.prod(entry["shape"]) * itemsize
-        else:
-            total += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return total
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files transformers would read; some folders hold the same weights a second time in another layout."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except FileNotFoundError:
-        single = folder / "model.safetensors"
-        return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UnsupportedModel(f"{index} is damaged: {first_line(error)}") from error
-
-
-def _tensor_entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """The headers of the weight files: a length (u64, little endian), then JSON."""
-    for file in _weight_files(folder):
-        if not file.exists():
-            raise UnsupportedModel(f"{file} is missing, though the index beside it names it; download the model again")
-        with file.open("rb") as stream:
-            try:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            except (ValueError, MemoryError, OverflowError) as error:
-                raise UnsupportedModel(f"{file} is not a safetensors file: {first_line(error)}") from error
-        header.pop("__metadata__", None)
-        yield from header.values()
-
-
 def weights_bytes(module: torch.nn.Module) -> int:
     """Memory of parameters and buffers, tied ones once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

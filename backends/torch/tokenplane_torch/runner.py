@@ -1,107 +1,216 @@
-"""One loaded model: takes the core's batches, runs a step, returns its StepOutput.
+"""One loaded model: takes the core's batches, launches steps, hands back their results.
 
-Batches arrive flat and leave packed: padding rows and padding tokens are dropped here, so nothing behind this file
-ever sees one. Knows nothing of hooks, devices or how the model was loaded.
+A batch without a bucket is packed: its padding rows and tokens are dropped, and it is computed as long as it is. A
+batch with a bucket is padded to it and goes through the device's executor. Knows nothing of hooks or of how the
+model was loaded.
 """
 
 from __future__ import annotations
 
-import inspect
-import time
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tokenplane_core.backend.records import (
     I32,
-    Bool,
+    Bucket,
     DecodeBatch,
     KVLayout,
-    ModelSpec,
     PrefillBatch,
     SamplingBatch,
+    ShapePolicy,
+    StepHandle,
     StepOutput,
 )
-from tokenplane_core.backend.tables import SlotTables
 
+from .device import TorchDevice
 from .kernels import AttentionKernels
-from .kv_cache import LayerCache, LayerShape, allocate
-from .sampler import needs_history, sample
-from .step import PagedStep, StepPlan, plan_step
+from .kv_cache import LayerCache, LayerShape
+from .module import DecoderModule
+from .padded import StepProgram, StepShape, empty_batch, pad_batch, step_shape
+from .readback import StepClock, TorchStep
+from .sampler import needs_history
+from .slots import SlotState
+from .step import PagedStep, plan_step
+
+Batch = PrefillBatch | DecodeBatch
 
 
 class ModelRunner:
-    """Owns the module, the cache and the slot tables. Computes inside the call (async_depth 0)."""
+    """Owns the module, the cache and the slots."""
 
     def __init__(
-        self, module: PreTrainedModel, model: ModelSpec, shapes: list[LayerShape], kernels: AttentionKernels
+        self,
+        module: DecoderModule,
+        max_model_tokens: int,
+        layer_shapes: list[LayerShape],
+        kernels: AttentionKernels,
+        device: TorchDevice,
+        policy: ShapePolicy,
     ) -> None:
-        self.module, self.model, self.shapes, self.kernels = module, model, shapes, kernels
+        self.module, self.layer_shapes, self.kernels, self.device = module, layer_shapes, kernels, device
         self.layers: list[LayerCache] = []
-        self._keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+        self.policy = policy
+        self.max_model_tokens = max_model_tokens
+        self.sampler = device.sampler()
 
     def allocate(self, layout: KVLayout) -> None:
         """Replace the cache and forget all slots. Raises what torch raises when memory is short; then there is none."""
-        self.layers = []
-        self.layers = allocate(self.shapes, layout.num_blocks, layout.block_tokens, self.module.device)
-        self._block_tokens = layout.block_tokens
-        self._tables = SlotTables(layout, self.model.max_model_tokens)
+        self.drop_cache()
+        self.layers = self.device.allocate(self.layer_shapes, layout.num_blocks)
+        self._layout = layout
+        self._slots = SlotState(layout, self.max_model_tokens, self.device)
+        self._executor = self.device.executor()
+        self._program = StepProgram(self.module, self.layers, self._slots, self.kernels, layout.block_tokens)
 
-    def prefill(self, batch: PrefillBatch, sampling: SamplingBatch) -> StepOutput:
-        self._tables.apply(batch.head)
-        flat = self._tables.enter_prefill(batch)
+    def drop_cache(self) -> None:
+        """Give the cache back, and with it what an executor captured or compiled around it."""
+        self.layers = []
+        self._executor = self._program = None  # type: ignore[assignment]
+
+    @torch.inference_mode()
+    def warmup(self) -> int:
+        """Compile or capture every bucket; how many shapes that were."""
+        before = self._executor.compiled
+        # The largest first: graphs that share a memory pool then fit into what it took.
+        for bucket in sorted(self.policy.buckets, key=lambda b: (-b.tokens, -b.rows)):
+            self.warm(bucket)
+        return self._executor.compiled - before
+
+    @torch.inference_mode()
+    def warm(self, bucket: Bucket) -> None:
+        """Compile or capture one bucket, with a batch of nothing but padding."""
+        logits = self._executor.run(self._program, empty_batch(self._shape(bucket), self._slots))
+        nobody = np.zeros(0, np.int32)
+        for drawn in self.sampler.warm(logits):
+            self._note_drawn(drawn.token_ids, nobody.astype(np.int64), nobody, nobody)
+            self.device.clock().read_back(drawn.tensors()).arrays()
+        if self.sampler.fixed_shape:
+            self.device.clock().read_back([logits.float()]).arrays()
+
+    @torch.inference_mode()
+    def prefill(self, batch: PrefillBatch, sampling: SamplingBatch) -> StepHandle:
+        clock = self.device.clock()
+        self._slots.apply(batch.head)
+        sampled = np.flatnonzero(batch.sample[: batch.num_rows])
+        if batch.bucket is not None:
+            return self._run_padded(batch, sampled, sampling, clock)
         new = batch.num_new_tokens[: batch.num_rows]
         packed_starts = np.cumsum(new) - new
         source = np.repeat(batch.row_starts[: batch.num_rows] - packed_starts, new) + np.arange(new.sum())
-        return self._run(batch, flat[source], new, batch.sample[: batch.num_rows], sampling)
-
-    def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepOutput:
-        self._tables.apply(batch.head)
-        flat = self._tables.enter_decode(batch)
-        one_each = np.ones(batch.num_rows, np.int32)
-        return self._run(batch, flat[: batch.num_rows], one_each, one_each.astype(np.bool_), sampling)
+        return self._run_packed(batch, batch.token_ids[source], new, sampled, sampling, clock)
 
     @torch.inference_mode()
-    def _run(
-        self, batch: PrefillBatch | DecodeBatch, token_ids: I32, new: I32, sampled: Bool, sampling: SamplingBatch
-    ) -> StepOutput:
-        """Compute the packed tokens i32 [t] of the real rows, of which row i has new[i]; sample rows as told."""
-        started_s = time.perf_counter()
-        step, slots, context_lens = batch.head.step, batch.slots[: batch.num_rows], batch.context_lens[: batch.num_rows]
-        tables = self._tables.blocks[slots]
-        plan = plan_step(token_ids, new, context_lens, tables, sampled, self._block_tokens, self.module.device)
-        logits = self._logits(plan)
-        if sampling.return_logits:
-            host = logits.float().cpu().numpy()
-            return StepOutput(step, np.zeros(0, np.int32), logits=host, device_s=time.perf_counter() - started_s)
-        slots, lengths = slots[sampled], (context_lens + new)[sampled]
-        penalised = needs_history(sampling)
-        histories = [
-            self._tables.history(int(slots[i]), int(lengths[i])) if penalised[i] else None for i in range(len(slots))
-        ]
-        drawn = sample(logits, sampling, histories)
-        self._tables.drawn(slots, lengths, drawn.token_ids)
-        return StepOutput(
-            step,
-            drawn.token_ids,
-            drawn.logprobs,
-            drawn.top_ids,
-            drawn.top_logprobs,
-            device_s=time.perf_counter() - started_s,
+    def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
+        clock = self.device.clock()
+        self._slots.apply(batch.head)
+        rows = batch.num_rows
+        if batch.bucket is not None:
+            return self._run_padded(batch, np.arange(rows), sampling, clock)
+        return self._run_packed(
+            batch, batch.token_ids[:rows], np.ones(rows, np.int32), np.arange(rows), sampling, clock
         )
 
-    def _logits(self, plan: StepPlan) -> Tensor:
-        """Logits [s, vocab] of the sampled tokens; the other tokens' are not computed where the model allows."""
-        step = PagedStep(plan, self.layers, self.kernels)
-        arguments = {"logits_to_keep": plan.logits_index} if self._keeps_logits else {}
-        out = self.module(
-            input_ids=plan.token_ids,
-            position_ids=plan.position_ids,
-            use_cache=False,
-            tokenplane_step=step,
-            **arguments,
+    def _run_packed(
+        self,
+        batch: Batch,
+        token_ids: I32,
+        new: I32,
+        sampled: NDArray[np.int64],
+        sampling: SamplingBatch,
+        clock: StepClock,
+    ) -> StepHandle:
+        """Compute the packed tokens i32 [t] of the real rows, of which row i has new[i]."""
+        slots, context_lens = batch.slots[: batch.num_rows], batch.context_lens[: batch.num_rows]
+        draws = np.isin(np.arange(batch.num_rows), sampled)
+        plan = plan_step(
+            token_ids,
+            new,
+            context_lens,
+            self._slots.blocks[slots],
+            draws,
+            self._layout.block_tokens,
+            self.device.upload,
         )
-        logits: Tensor = out.logits[0]
-        return logits if self._keeps_logits else logits[plan.logits_index]
+        resolved = self._slots.enter(self.device.upload(np.repeat(slots, new)), plan.positions, plan.token_ids)
+        step = PagedStep(plan, self.layers, self.kernels)
+        logits = self.module.logits(resolved, plan.positions, plan.logits_index, step)
+        return self._sample(
+            batch,
+            logits,
+            np.arange(len(sampled)),
+            slots[sampled],
+            (context_lens + new)[sampled],
+            sampling,
+            clock,
+            self._executor.compiled,
+        )
+
+    def _run_padded(
+        self, batch: Batch, sampled: NDArray[np.int64], sampling: SamplingBatch, clock: StepClock
+    ) -> StepHandle:
+        assert batch.bucket is not None
+        step = pad_batch(batch, self._shape(batch.bucket), self._slots, self._layout.block_tokens)
+        compiled_before = self._executor.compiled
+        logits = self._executor.run(self._program, step)
+        lengths = (batch.context_lens + step.inputs["num_tokens"])[sampled]
+        return self._sample(batch, logits, sampled, batch.slots[sampled], lengths, sampling, clock, compiled_before)
+
+    def _shape(self, bucket: Bucket) -> StepShape:
+        return step_shape(bucket, self.policy.pad_rows, self._layout.max_blocks_per_sequence, self.policy.context_rule)
+
+    def _sample(
+        self,
+        batch: Batch,
+        logits: Tensor,
+        rows: NDArray[np.int64],
+        slots: I32,
+        lengths: I32,
+        sampling: SamplingBatch,
+        clock: StepClock,
+        compiled_before: int,
+    ) -> StepHandle:
+        """Draw for the `rows` of the logits, whose sequences sit in `slots` and have `lengths` tokens by now."""
+        number = batch.head.step
+        if not self.sampler.fixed_shape:
+            logits, rows = self._only(logits, rows), np.arange(len(rows))
+        if sampling.return_logits:
+
+            def raw(arrays: list[NDArray[Any]], seconds: float) -> StepOutput:
+                return StepOutput(
+                    number, np.zeros(0, np.int32), logits=arrays[0][rows], device_s=seconds, compiled=compiled
+                )
+
+            pending = clock.read_back([logits.float()])
+            compiled = self._executor.compiled - compiled_before
+            return TorchStep(pending, raw)
+        penalised = np.flatnonzero(needs_history(sampling))
+        histories = self._slots.histories(slots[penalised], lengths[penalised]) if len(penalised) else None
+        drawn = self.sampler.draw(logits, rows, sampling, histories)
+        self._note_drawn(drawn.token_ids, rows, slots, lengths)
+
+        def output(arrays: list[NDArray[Any]], seconds: float) -> StepOutput:
+            token_ids, *logprobs = (array[rows] for array in arrays)
+            logprob, top_ids, top_logprobs = logprobs or (None, None, None)
+            return StepOutput(number, token_ids, logprob, top_ids, top_logprobs, device_s=seconds, compiled=compiled)
+
+        pending = clock.read_back(drawn.tensors())
+        compiled = self._executor.compiled - compiled_before
+        return TorchStep(pending, output)
+
+    def _only(self, logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        """Those rows of the logits; without a copy if they are the first ones."""
+        if len(rows) == 0 or rows[-1] == len(rows) - 1:
+            return logits[: len(rows)]
+        return logits[self.device.upload(rows)]
+
+    def _note_drawn(self, token_ids: Tensor, rows: NDArray[np.int64], slots: I32, lengths: I32) -> None:
+        """Tell the slots what was drawn; what a fixed shape drew besides goes to the padding slot."""
+        where = np.zeros((2, len(token_ids)), np.int32)
+        where[0] = self._slots.pad_slot
+        where[0, rows], where[1, rows] = slots, lengths
+        at = self.device.upload(where)
+        self._slots.drawn(at[0], at[1], token_ids)

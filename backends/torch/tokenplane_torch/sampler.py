@@ -6,104 +6,170 @@ random draw. Rows that do not use a feature are not touched by it. Knows no slot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenplane_core.backend.records import F32, Bool, SamplingBatch
-from tokenplane_core.backend.sampling import History, Samples, uniforms
+from tokenplane_core.backend.records import Bool, SamplingBatch
+from tokenplane_core.backend.sampling import uniforms
+
+from .device import TorchDevice
+from .slots import PENALTIES, Histories
 
 NUCLEUS_GUESS = 512  # ids that are enough for top_p nearly always
+
+Upload = Callable[[NDArray[Any]], Tensor]
+FastDraw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""logits [n, vocab], temperature, top_k, top_p, min_p, uniforms [n] -> token ids i64 [n], without synchronising."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """On the device. Logprob fields as in StepOutput, None if no row asks."""
+
+    token_ids: Tensor  # i64 [n]
+    logprobs: Tensor | None = None  # f32 [n]
+    top_ids: Tensor | None = None  # i64 [n, k]
+    top_logprobs: Tensor | None = None  # f32 [n, k]
+
+    def tensors(self) -> list[Tensor]:
+        return [
+            t for t in (self.token_ids.to(torch.int32), self.logprobs, self.top_ids, self.top_logprobs) if t is not None
+        ]
+
+
+class Sampler(Protocol):
+    fixed_shape: bool
+    """True: draws for every row of the logits, so that its shapes do not depend on how many are wanted."""
+
+    def describe(self) -> str:
+        """For Capabilities.kernels."""
+        ...
+
+    def draw(self, logits: Tensor, rows: NDArray[np.int64], batch: SamplingBatch, histories: Histories | None) -> Drawn:
+        """Draw a token for each of `rows` of the logits [r, vocab], as `batch` says, which has one entry for each.
+
+        Without `fixed_shape`, `rows` is all of the logits. histories: of the rows that `needs_history` names.
+        Returns as many rows as the logits have.
+        """
+        ...
+
+    def warm(self, logits: Tensor) -> Iterable[Drawn]:
+        """What each of its programs draws from logits of this shape, one by one; none if its shapes are not fixed."""
+        ...
 
 
 def needs_history(batch: SamplingBatch) -> Bool:
     """bool [n]: rows whose penalties look at earlier tokens."""
-    if not batch.features & {"repetition_penalty", "presence_penalty", "frequency_penalty"}:
+    if not batch.features & PENALTIES:
         return np.zeros(len(batch), np.bool_)
     needs: Bool = (batch.repetition_penalty != 1) | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0)
     return needs
 
 
-def sample(logits: Tensor, batch: SamplingBatch, histories: Sequence[History | None]) -> Samples:
-    """Draw one token for each row of [n, vocab] logits of any float dtype. A row that needs none has no history."""
+_ADJUSTMENTS = PENALTIES | {"logit_bias"}
+_FAST = frozenset({"temperature", "top_k", "top_p", "min_p"})
+
+
+class TorchSampler:
+    """Draws with torch, or with one kernel (`fast_draw`) where a batch asks for nothing that the kernel lacks."""
+
+    fixed_shape = False
+
+    def __init__(self, device: TorchDevice, fast_draw: FastDraw | None = None) -> None:
+        self._upload: Upload = device.upload
+        self._fast_draw = fast_draw
+
+    def describe(self) -> str:
+        return "torch" if self._fast_draw is None else "one fused kernel, torch for penalties, typical_p and logprobs"
+
+    def draw(self, logits: Tensor, rows: NDArray[np.int64], batch: SamplingBatch, histories: Histories | None) -> Drawn:
+        greedy = batch.temperature == 0
+        if greedy.all() and batch.num_logprobs.max(initial=-1) < 0 and not batch.features & _ADJUSTMENTS:
+            return Drawn(logits.argmax(-1))
+        if self._fast_draw is not None and batch.features <= _FAST:
+            return Drawn(self._fast_draw(logits, *self._parameters(batch)))
+        return sample(logits, batch, histories, self._upload)
+
+    def warm(self, logits: Tensor) -> Iterable[Drawn]:
+        return ()
+
+    def _parameters(self, batch: SamplingBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In one copy: temperature, top_k, top_p, min_p, uniforms."""
+        columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, uniforms(batch.seeds, batch.positions))
+        temperature, top_k, top_p, min_p, us = self._upload(np.stack(columns, dtype=np.float32))
+        return temperature, top_k.to(torch.int32), top_p, min_p, us
+
+
+def sample(logits: Tensor, batch: SamplingBatch, histories: Histories | None, upload: Upload) -> Drawn:
+    """Draw one token for each row of [n, vocab] logits of any float dtype."""
     greedy = batch.temperature == 0
-    if greedy.all() and batch.num_logprobs.max(initial=-1) < 0 and not batch.features & _ADJUSTMENTS:
-        return Samples(_to_i32(logits.argmax(-1)), None, None, None)
     raw = logits.float()
-    warped = _adjust(raw, batch, histories)
+    warped = _adjust(raw, batch, histories, upload)
     token_ids = warped.argmax(-1)
     if not greedy.all():
         drawn = np.flatnonzero(~greedy)
-        rows = _upload(drawn, raw)
-        filtered = _warp(warped[rows], batch, drawn)
-        token_ids[rows] = _draw(filtered, uniforms(batch.seeds[drawn], batch.positions[drawn]))
+        rows = upload(drawn)
+        filtered = _warp(warped[rows], batch, drawn, upload)
+        token_ids[rows] = _draw(filtered, upload(uniforms(batch.seeds[drawn], batch.positions[drawn])))
         warped[rows] = filtered
-    return Samples(_to_i32(token_ids), *_logprobs(raw, warped, token_ids, batch))
+    return Drawn(token_ids, *_logprobs(raw, warped, token_ids, batch, upload))
 
 
-_ADJUSTMENTS = frozenset({"logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty"})
-
-
-def _adjust(raw: Tensor, batch: SamplingBatch, histories: Sequence[History | None]) -> Tensor:
+def _adjust(raw: Tensor, batch: SamplingBatch, histories: Histories | None, upload: Upload) -> Tensor:
     """Steps 1 to 3, bias and penalties, into a new tensor."""
     out = raw.clone()
     if len(batch.bias_ids):
         rows = np.repeat(np.arange(len(batch)), np.diff(batch.bias_starts))
-        ids = (_upload(rows, raw), _upload(batch.bias_ids, raw))
-        out.index_put_(ids, _upload(batch.bias_values, raw), accumulate=True)
+        ids = (upload(rows), upload(batch.bias_ids).long())
+        out.index_put_(ids, upload(batch.bias_values), accumulate=True)
     penalised = np.flatnonzero(needs_history(batch))
-    if len(penalised):
-        out[_upload(penalised, raw)] = _penalise(out[_upload(penalised, raw)], batch, penalised, histories)
+    if len(penalised) and histories is not None:
+        some = upload(penalised)
+        out[some] = _penalise(out[some], batch, penalised, histories, upload)
     return out
 
 
 def _penalise(
-    out: Tensor, batch: SamplingBatch, rows: NDArray[np.int64], histories: Sequence[History | None]
+    out: Tensor, batch: SamplingBatch, rows: NDArray[np.int64], histories: Histories, upload: Upload
 ) -> Tensor:
-    seen = torch.zeros_like(out, dtype=torch.bool)
-    counts = torch.zeros_like(out)
-    known = [histories[i] or _NO_HISTORY for i in rows]
-    everything = [h.token_ids for h in known]
-    generated = [h.token_ids[h.num_prompt_tokens :] for h in known]
-    seen[_scatter_ids(everything, out)] = True
-    ids = _scatter_ids(generated, out)
-    counts.index_put_(ids, torch.ones_like(ids[0], dtype=out.dtype), accumulate=True)
-    repetition = _column(batch.repetition_penalty[rows], out)
+    """Penalties for rows [n, vocab] of which `histories` tells the tokens."""
+    ids = histories.token_ids.long()
+    at = torch.arange(ids.shape[1], device=ids.device)
+    known = at < histories.lengths[:, None]
+    generated = known & (at >= histories.num_prompt_tokens[:, None])
+    ids = torch.where(known, ids, 0)  # what is not known counts zero times
+    seen = torch.zeros_like(out).scatter_add_(1, ids, known.to(out.dtype)) > 0
+    counts = torch.zeros_like(out).scatter_add_(1, ids, generated.to(out.dtype))
+    repetition = _column(batch.repetition_penalty[rows], upload)
     out = torch.where(seen, torch.where(out > 0, out / repetition, out * repetition), out)
-    presence, frequency = _column(batch.presence_penalty[rows], out), _column(batch.frequency_penalty[rows], out)
+    presence, frequency = _column(batch.presence_penalty[rows], upload), _column(batch.frequency_penalty[rows], upload)
     return torch.where(counts > 0, out - (presence + frequency * counts), out)
 
 
-_NO_HISTORY = History(np.zeros(0, np.int32), 0)
-
-
-def _scatter_ids(lists: Sequence[NDArray[np.int32]], like: Tensor) -> tuple[Tensor, Tensor]:
-    rows = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
-    return _upload(rows, like), _upload(np.concatenate(lists), like)
-
-
-def _warp(adjusted: Tensor, batch: SamplingBatch, rows: NDArray[np.int64]) -> Tensor:
+def _warp(adjusted: Tensor, batch: SamplingBatch, rows: NDArray[np.int64], upload: Upload) -> Tensor:
     """Steps 5 and 6 for the drawn rows: temperature and the filters; what a filter drops becomes -inf."""
-    out = adjusted / _column(batch.temperature[rows], adjusted)
+    out = adjusted / _column(batch.temperature[rows], upload)
     vocab = out.shape[1]
     top_k, top_p, typical_p, min_p = (getattr(batch, name)[rows] for name in ("top_k", "top_p", "typical_p", "min_p"))
     if (chosen := np.flatnonzero((top_k > 0) & (top_k < vocab))).size:
-        some = _upload(chosen, out)
+        some = upload(chosen)
         best = _best(out[some], int(top_k[chosen].max()), floor=-torch.inf)
-        out[some] = _keep(out[some], best, _column(top_k[chosen], out))
+        out[some] = _keep(out[some], best, _column(top_k[chosen], upload))
     if (chosen := np.flatnonzero(top_p < 1)).size:
-        some = _upload(chosen, out)
-        out[some] = _nucleus(out[some], _column(top_p[chosen], out))
+        some = upload(chosen)
+        out[some] = _nucleus(out[some], _column(top_p[chosen], upload))
     if (chosen := np.flatnonzero(typical_p < 1)).size:
-        some = _upload(chosen, out)
-        out[some] = _typical(out[some], _column(typical_p[chosen], out))
+        some = upload(chosen)
+        out[some] = _typical(out[some], _column(typical_p[chosen], upload))
     if (chosen := np.flatnonzero(min_p > 0)).size:
-        some = _upload(chosen, out)
-        least = out[some].amax(-1, keepdim=True) + _column(np.log(min_p[chosen]), out)
+        some = upload(chosen)
+        least = out[some].amax(-1, keepdim=True) + _column(np.log(min_p[chosen]), upload)
         out[some] = out[some].masked_fill(out[some] < least, -torch.inf)
     return out
 
@@ -165,44 +231,35 @@ def _best(scores: Tensor, k: int, floor: float | None = None) -> Tensor:
     return ids.gather(1, order)
 
 
-def _draw(warped: Tensor, us: F32) -> Tensor:
-    """The first id whose cumulative probability exceeds u."""
+def _draw(warped: Tensor, us: Tensor) -> Tensor:
+    """The first id whose cumulative probability exceeds u; us f32 [n]."""
     cumulative = torch.softmax(warped, -1).cumsum(-1, dtype=torch.float64)
-    wanted = _column(us, warped).double() * cumulative[:, -1:]
+    wanted = us[:, None].double() * cumulative[:, -1:]
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=warped.shape[1] - 1)
 
 
 def _logprobs(
-    raw: Tensor, warped: Tensor, token_ids: Tensor, batch: SamplingBatch
-) -> tuple[F32 | None, NDArray[np.int32] | None, F32 | None]:
-    """StepOutput's logprobs, top_ids and top_logprobs."""
+    raw: Tensor, warped: Tensor, token_ids: Tensor, batch: SamplingBatch, upload: Upload
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Drawn's logprobs, top_ids and top_logprobs."""
     width = int(batch.num_logprobs.max(initial=-1))
     if width < 0:
         return None, None, None
-    logprobs = np.full(len(batch), np.nan, np.float32)
-    top_ids = np.zeros((len(batch), width), np.int32)
-    top_logprobs = np.full((len(batch), width), np.nan, np.float32)
     asked = np.flatnonzero(batch.num_logprobs >= 0)
-    rows = _upload(asked, raw)
-    processed = _column(batch.processed_logprobs[asked], raw)
+    rows = upload(asked)
+    processed = _column(batch.processed_logprobs[asked], upload)
     scores = torch.log_softmax(torch.where(processed, warped[rows], raw[rows]), -1)
-    logprobs[asked] = scores.gather(1, token_ids[rows, None]).squeeze(1).cpu().numpy()
-    best = _best(scores, min(width, scores.shape[1]))
-    beyond = np.arange(best.shape[1]) >= batch.num_logprobs[asked, None]
-    top_ids[asked, : best.shape[1]] = np.where(beyond, 0, best.cpu().numpy())
-    top_logprobs[asked, : best.shape[1]] = np.where(beyond, np.nan, scores.gather(1, best).cpu().numpy())
+    logprobs = raw.new_full((len(raw),), torch.nan)
+    logprobs[rows] = scores.gather(1, token_ids[rows, None]).squeeze(1)
+    top_ids = torch.zeros((len(raw), width), dtype=torch.int32, device=raw.device)
+    top_logprobs = raw.new_full((len(raw), width), torch.nan)
+    if k := min(width, scores.shape[1]):
+        best = _best(scores, k)
+        beyond = torch.arange(k, device=raw.device) >= _column(batch.num_logprobs[asked], upload)
+        top_ids[rows, :k] = best.masked_fill(beyond, 0).to(torch.int32)
+        top_logprobs[rows, :k] = scores.gather(1, best).masked_fill(beyond, torch.nan)
     return logprobs, top_ids, top_logprobs
 
 
-def _column(values: NDArray[Any], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)[:, None]
-
-
-def _upload(values: NDArray[Any], like: Tensor) -> Tensor:
-    """Ids as i64, as torch wants its indices; floats as they are."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.to(like.device, torch.int64 if not tensor.is_floating_point() else tensor.dtype)
-
-
-def _to_i32(ids: Tensor) -> NDArray[np.int32]:
-    return ids.to(torch.int32).cpu().numpy()
+def _column(values: NDArray[Any], upload: Upload) -> Tensor:
+    return upload(np.ascontiguousarray(values))[:, None]

@@ -1,16 +1,16 @@
 """From rows of a batch to what the model and the kernels need, once per step and shared by all layers.
 
-Works on host arrays only (numpy) and uploads each result once. Knows no records of the core and no model.
+This file plans ragged steps: packed back to back, as long as they come. Steps of a fixed shape are padded.py's.
+Works on host arrays and uploads each result once. Knows no records of the core and no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,25 +23,44 @@ if TYPE_CHECKING:
     from .kernels import AttentionKernels
 
 T = TypeVar("T")
+Upload = Callable[[NDArray[Any]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class HostRows:
+    """The arrays of `Rows` on the host, for kernels that plan there. Only ragged steps have them."""
+
+    first_tokens: I32
+    num_tokens: I32
+    context_lens: I32
+    tables: I32
+    upload: Upload
+
+    def cache_index(self, row: int | slice, positions: NDArray[np.int64], block_tokens: int) -> NDArray[np.int64]:
+        """Where positions lie in the cache seen as one row per token; positions [p] or [rows, p]."""
+        tables = self.tables[row]
+        blocks = np.take_along_axis(tables, positions // block_tokens, axis=-1).astype(np.int64)
+        return blocks * block_tokens + positions % block_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of a step, with what a kernel reads to attend for them.
+    """Some rows of a step, as a kernel reads them. Row i owns the tokens `first_tokens[i]` and up of the step."""
 
-    Row i owns the packed tokens `tokens[starts[i] : starts[i + 1]]`, at positions `context_lens[i]` and up.
-    """
-
-    tokens: I32 | None  # i32 [t] where the rows' tokens lie in the packed step; None: they are all of it, in order
-    starts: I32  # i32 [n + 1]
-    context_lens: I32  # i32 [n] tokens in the cache before this step
-    tables: I32  # i32 [n, blocks] block ids, as many columns as the longest row needs
+    first_tokens: Tensor  # i32 [n] where the row's first token lies among the step's tokens
+    num_tokens: Tensor  # i32 [n] new tokens; 0 in a padding row of a prefill, 1 in one of a decode step
+    context_lens: Tensor  # i32 [n] tokens in the cache before this step
+    tables: Tensor  # i32 [n, blocks] block ids; entries behind a row's last block name PAD_BLOCK or nothing
     block_tokens: int
-    device: torch.device
-    _memo: dict[Any, Any] = field(default_factory=dict)
+    most_tokens: int  # no row has more new tokens
+    most_keys: int  # no row sees more keys, its own new ones included
+    host: HostRows | None = None
+    fresh: bool = False  # True: known to have nothing in the cache before this step, none of them
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # a padded step's inputs, an executor's own among them
+    _memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
-        return len(self.context_lens)
+        return len(self.first_tokens)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What a kernel derives from the rows (index lists, masks, plans): made by the first layer that asks."""
@@ -49,24 +68,15 @@ class Rows:
             self._memo[key] = make()
         return cast(T, self._memo[key])
 
-    def cache_index(self, row: int | slice, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where positions lie in the cache seen as one row per token; positions [p] or [rows, p]."""
-        tables = self.tables[row]
-        blocks = np.take_along_axis(tables, positions // self.block_tokens, axis=-1).astype(np.int64)
-        return blocks * self.block_tokens + positions % self.block_tokens
-
-    def upload(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
-
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A step of `t` tokens packed back to back, without padding."""
+    """A step of `t` tokens."""
 
-    token_ids: Tensor  # i64 [1, t]
-    position_ids: Tensor  # i64 [1, t]
+    token_ids: Tensor  # i32 [t], TOKEN_ON_DEVICE where the device knows better
+    positions: Tensor  # i64 [t]
     write_index: Tensor  # i64 [t] where each token's K and V go, in the cache seen as one row per token
-    logits_index: Tensor  # i64 [s] the packed tokens after which a token is sampled
+    logits_index: Tensor  # i64 [s] the tokens after which a token is sampled
     decode: Rows | None  # rows of one token
     prefill: Rows | None  # rows of more
 
@@ -78,40 +88,47 @@ def plan_step(
     tables: I32,
     sample: Bool,
     block_tokens: int,
-    device: torch.device,
+    upload: Upload,
 ) -> StepPlan:
-    """Plan a step.
+    """Plan a ragged step.
 
     Shapes:
         token_ids i32 [t] packed, num_new_tokens and context_lens i32 [n], tables i32 [n, blocks], sample bool [n].
     """
-    starts = np.concatenate(([0], np.cumsum(num_new_tokens))).astype(np.int32)
+    ends = np.cumsum(num_new_tokens, dtype=np.int32)
+    starts = ends - num_new_tokens
     row_of_token = np.repeat(np.arange(len(num_new_tokens)), num_new_tokens)
-    positions = np.arange(starts[-1]) - starts[row_of_token] + context_lens[row_of_token]
+    positions = np.arange(len(token_ids)) - starts[row_of_token] + context_lens[row_of_token]
     blocks = tables[row_of_token, positions // block_tokens].astype(np.int64)
 
     def rows(chosen: Bool) -> Rows | None:
         if not chosen.any():
             return None
-        whole = bool(chosen.all())
-        longest = int((context_lens + num_new_tokens)[chosen].max())
+        most_keys = int((context_lens + num_new_tokens)[chosen].max())
+        host = HostRows(
+            starts[chosen],
+            num_new_tokens[chosen],
+            context_lens[chosen],
+            np.ascontiguousarray(tables[chosen, : -(-most_keys // block_tokens)]),
+            upload,
+        )
         return Rows(
-            tokens=None if whole else np.flatnonzero(chosen[row_of_token]).astype(np.int32),
-            starts=np.concatenate(([0], np.cumsum(num_new_tokens[chosen]))).astype(np.int32),
-            context_lens=context_lens[chosen],
-            tables=tables[chosen, : -(-longest // block_tokens)],
+            first_tokens=upload(host.first_tokens),
+            num_tokens=upload(host.num_tokens),
+            context_lens=upload(host.context_lens),
+            tables=upload(host.tables),
             block_tokens=block_tokens,
-            device=device,
+            most_tokens=int(host.num_tokens.max()),
+            most_keys=most_keys,
+            host=host,
+            fresh=not host.context_lens.any(),
         )
 
-    def upload(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(device)
-
     return StepPlan(
-        token_ids=upload(token_ids).unsqueeze(0),
-        position_ids=upload(positions).unsqueeze(0),
+        token_ids=upload(token_ids),
+        positions=upload(positions),
         write_index=upload(blocks * block_tokens + positions % block_tokens),
-        logits_index=upload(starts[1:][sample] - 1),
+        logits_index=upload((ends[sample] - 1).astype(np.int64)),
         decode=rows(num_new_tokens == 1),
         prefill=rows(num_new_tokens > 1),
     )
@@ -128,7 +145,8 @@ class PagedStep:
     ) -> Tensor:
         cache = self.layers[layer]
         self.kernels.write_kv(cache, key, value, self.plan.write_index)
-        out = query.new_empty((*query.shape[:2], cache.value.shape[3]))
+        # Zeros, not empty: a padding token belongs to no row, and what it holds goes through the rest of the model.
+        out = query.new_zeros((*query.shape[:2], value.shape[2]))
         if self.plan.decode is not None:
             self.kernels.attend_decode(query, cache, self.plan.decode, rule, out)
         if self.plan.prefill is not None:

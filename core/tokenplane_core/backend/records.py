@@ -31,7 +31,7 @@ F32 = NDArray[np.float32]
 U64 = NDArray[np.uint64]
 Bool = NDArray[np.bool_]
 
-CONTRACT_VERSION = "0.1"
+CONTRACT_VERSION = "0.2"
 """major.minor. Minor versions only add optional fields, hooks and feature names."""
 
 PAD_BLOCK = 0
@@ -62,6 +62,8 @@ class Device:
     score: int
     memory_free_bytes: int | None = None
     notes: str = ""  # one line a person wants to read: cores allowed, driver, ...
+    uuid: str = ""  # what the vendor's own tools call this one card
+    state: Literal["ok", "busy", "broken"] = "ok"  # busy and broken are never chosen unasked; notes say why
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,7 @@ class Capabilities:
     mixed: bool = False  # a prefill call may carry decode rows
     async_depth: int = 0  # steps the device accepts before the host has read the previous one
     weights_bytes: int = 0
+    reserved_bytes: Mapping[str, int] = field(default_factory=dict)  # set aside besides weights and cache, by piece
     kernels: Mapping[str, str] = field(default_factory=dict)  # piece -> which implementation and why
 
 

@@ -1,0 +1,207 @@
+"""What GPUs driven through torch.cuda (NVIDIA, AMD) and torch.xpu (Intel) share: memory, copies, captured graphs.
+
+Prefill steps run as they come; decode steps are captured once per batch size and replayed, so that a step costs one
+launch instead of hundreds. Steps are launched without waiting for the one before (async depth 1): everything goes to
+one stream, in order. Knows no vendor's library and no card.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenplane_core.backend.records import Bucket, ShapePolicy
+
+from .choice import Candidate, choose
+from .device import TorchDevice
+from .executors import Program, StepExecutor
+from .kernels import AttentionKernels, LayerNeed
+from .padded import PaddedStep, StepShape
+from .readback import ReadBack, StepClock
+from .sampler import FastDraw, Sampler, TorchSampler
+
+
+class GpuDevice(TorchDevice):
+    """One card. `kind` names the module of torch that drives it."""
+
+    default_sequences = 256
+    most_sequences = 4096
+    default_step_tokens = 8192
+    async_depth = 1
+    tables_on_device = True
+
+    def __init__(self, kind: Literal["cuda", "xpu"], index: int, candidates: Sequence[Candidate]) -> None:
+        self.api: Any = getattr(torch, kind)
+        self._device = torch.device(kind, index)
+        self._candidates = candidates
+        self.api.set_device(index)
+
+    @property
+    def torch_device(self) -> torch.device:
+        return self._device
+
+    def kernels(self, needs: Sequence[LayerNeed]) -> AttentionKernels:
+        return choose(self._candidates, needs, self)
+
+    def sampler(self) -> Sampler:
+        return TorchSampler(self, self.fast_draw())
+
+    def fast_draw(self) -> FastDraw | None:
+        """A kernel that draws without synchronising, if the platform has one."""
+        return None
+
+    # --- Shapes ---------------------------------------------------------------------------------------------
+
+    def shapes(self, sequences: int, step_tokens: int, max_model_tokens: int) -> ShapePolicy:
+        return ShapePolicy("soft", tuple(Bucket("decode", rows, rows) for rows in decode_sizes(sequences)))
+
+    def executor(self) -> StepExecutor:
+        return GraphExecutor(self)
+
+    # --- Memory ---------------------------------------------------------------------------------------------
+
+    def free_bytes(self) -> int:
+        """What the driver says is free, and what torch holds of it without using it."""
+        free, _ = self.api.mem_get_info(self._device)
+        return int(free + self.api.memory_reserved(self._device) - self.api.memory_allocated(self._device))
+
+    def total_bytes(self) -> int:
+        return int(self.api.mem_get_info(self._device)[1])
+
+    def headroom_bytes(self) -> int:
+        """4 % of the card for the allocator's fragmentation and the libraries' own workspaces; at least 512 MiB."""
+        return max(512 << 20, self.total_bytes() // 25)
+
+    def peak_bytes(self) -> int | None:
+        self.api.synchronize(self._device)
+        peak = self.api.max_memory_allocated(self._device) - self.api.memory_allocated(self._device)
+        self.api.empty_cache()
+        self.api.reset_peak_memory_stats(self._device)
+        return int(peak)
+
+    def taken_bytes(self) -> int | None:
+        free, total = self.api.mem_get_info(self._device)
+        return int(total - free)
+
+    def close(self) -> None:
+        gc.collect()
+        self.api.empty_cache()
+
+    # --- Copies and time ------------------------------------------------------------------------------------
+
+    def upload(self, array: NDArray[Any]) -> Tensor:
+        """From pinned memory, so that the host does not wait; torch keeps that memory until the copy is done."""
+        return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
+
+    def clock(self) -> StepClock:
+        return GpuClock(self.api)
+
+
+def decode_sizes(sequences: int) -> list[int]:
+    """Batch sizes to capture: 1, 2, 4, then every 8th up to 64, every 16th up to 256, every 32nd beyond.
+
+    Padding then costs at most an eighth of a batch above 8 rows, and half of one below.
+    """
+    most = min(sequences, 1024)  # beyond, a step's launches no longer matter
+    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 32))
+    return [*(size for size in sizes if size < most), most]
+
+
+class GraphExecutor:
+    """Captures each shape's program once and replays it. All graphs share one memory pool, and one buffer for logits:
+    a buffer for each would add up to more than the graphs.
+    """
+
+    def __init__(self, device: GpuDevice) -> None:
+        self.compiled = 0
+        self._device = device
+        self._api = device.api
+        self._pool = self._api.graph_pool_handle()
+        self._captured: dict[StepShape, _Captured] = {}
+        self._logits: Tensor | None = None  # [rows, vocab] of the largest shape so far
+
+    def run(self, program: Program, step: PaddedStep) -> Tensor:
+        captured = self._captured.get(step.shape)
+        if captured is None:
+            captured = self._captured[step.shape] = self._capture(program, step)
+            self.compiled += 1
+        captured.fill(step)
+        captured.graph.replay()
+        return captured.logits
+
+    def _capture(self, program: Program, step: PaddedStep) -> _Captured:
+        api = self._api
+        buffer = self._device.upload(_packed(step))
+        parts = torch.split(buffer, [array.size for array in step.inputs.values()])
+        inputs = {n: p.view(a.shape) for (n, a), p in zip(step.inputs.items(), parts, strict=True)}
+        # Once outside of capture, on a stream of its own: libraries set themselves up, kernels are built. The step
+        # is the same when it runs again: it writes the same tokens to the same places.
+        side = api.Stream(self._device.torch_device)
+        side.wait_stream(api.current_stream())
+        with api.stream(side):
+            logits = program(step.shape, inputs)
+        api.current_stream().wait_stream(side)
+        if self._logits is None or len(self._logits) < len(logits):
+            self._logits = torch.empty_like(logits)
+        out = self._logits[: len(logits)]
+        del logits
+        graph = api.CUDAGraph() if hasattr(api, "CUDAGraph") else api.XPUGraph()
+        with api.graph(graph, pool=self._pool):
+            out.copy_(program(step.shape, inputs))
+        return _Captured(graph, buffer, out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """One shape: the graph, the buffer i32 that its inputs are read from, the logits it writes."""
+
+    graph: Any
+    buffer: Tensor
+    logits: Tensor
+
+    def fill(self, step: PaddedStep) -> None:
+        """In one copy. A replay still under way is not disturbed: the copy waits for it on the same stream."""
+        self.buffer.copy_(torch.from_numpy(_packed(step)).pin_memory(), non_blocking=True)
+
+
+def _packed(step: PaddedStep) -> NDArray[np.int32]:
+    return np.concatenate([array.reshape(-1) for array in step.inputs.values()])
+
+
+class GpuClock:
+    """Device time between two events; results through pinned memory."""
+
+    def __init__(self, api: Any) -> None:
+        self._api = api
+        self._begin = api.Event(enable_timing=True)
+        self._begin.record()
+
+    def read_back(self, tensors: Sequence[Tensor]) -> ReadBack:
+        hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for host, tensor in zip(hosts, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        end = self._api.Event(enable_timing=True)
+        end.record()
+        return _Arriving(hosts, self._begin, end)
+
+
+class _Arriving:
+    def __init__(self, hosts: list[Tensor], begin: Any, end: Any) -> None:
+        self._hosts, self._begin, self._end = hosts, begin, end
+
+    def done(self) -> bool:
+        return bool(self._end.query())
+
+    def arrays(self) -> list[NDArray[Any]]:
+        self._end.synchronize()
+        return [host.numpy() for host in self._hosts]
+
+    def seconds(self) -> float:
+        return float(self._begin.elapsed_time(self._end)) / 1e3

@@ -1,0 +1,211 @@
+"""What `load` and `kv_alloc` do once a device is open: load, check, measure, allocate."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokenplane_core.backend.errors import ContractViolation, OutOfMemory
+from tokenplane_core.backend.records import (
+    PAD_BLOCK,
+    KVLayout,
+    KVSpec,
+    Limits,
+    LoadOptions,
+    ModelSpec,
+    SamplingBatch,
+    ShapePolicy,
+)
+
+from .checks import check_model
+from .device import TorchDevice
+from .loader import first_line, is_out_of_memory, load_model, weights_bytes
+from .module import DecoderModule
+from .runner import ModelRunner
+from .slots import SlotState
+from .step import PagedStep, plan_step
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A loaded model and the facts about it that go into its Capabilities."""
+
+    runner: ModelRunner
+    limits: Limits
+    kv: KVSpec
+    shapes: ShapePolicy
+    weights_bytes: int
+    reserved_bytes: Mapping[str, int]
+    kernels: Mapping[str, str]
+
+
+def load_runner(model: ModelSpec, device: TorchDevice, options: LoadOptions) -> Loaded:
+    """Load and check the model, and measure what its steps need besides weights and cache.
+
+    Raises:
+        UnsupportedModel, OutOfMemory: nothing stays loaded.
+    """
+    sequences = _wish(options.max_sequences, device.default_sequences, device.most_sequences)
+    step_tokens = _wish(options.max_step_tokens, device.default_step_tokens, device.most_step_tokens)
+    policy = device.shapes(sequences, step_tokens, model.max_model_tokens)
+    if policy.mode == "hard":  # no more than the largest buckets hold
+        sequences = min(sequences, max(b.rows for b in policy.buckets if b.phase == "decode"))
+        step_tokens = max(b.tokens for b in policy.buckets)
+    module = load_model(model, device)
+    fused = device.fuse(module)
+    needs, kernels = check_model(module, model, device)
+    shapes = [need.shape for need in needs]
+    runner = ModelRunner(DecoderModule(module), model.max_model_tokens, shapes, kernels, device, policy)
+    graphs, graph_bytes = _try_capture(runner) if policy.mode == "soft" else ("", 0)
+    gc.collect()  # what loading left behind would count as taken
+    reserved = {
+        "slots": SlotState.size_bytes(sequences, model.max_model_tokens, device.block_tokens),
+        "workspace": _measured_workspace(runner, min(step_tokens, model.max_model_tokens), sequences),
+        "graphs": graph_bytes,
+        "headroom": device.headroom_bytes(),
+    }
+    return Loaded(
+        runner=runner,
+        limits=Limits(
+            max_sequences=sequences,
+            max_step_tokens=step_tokens,
+            max_model_tokens=model.max_model_tokens,
+            max_prefill_rows=min(sequences, device.max_prefill_rows or sequences),
+            max_table_entries=device.max_table_entries,
+        ),
+        kv=KVSpec(
+            kind="paged",
+            block_tokens=device.block_tokens,
+            block_bytes=device.block_bytes(shapes),
+            budget_bytes=max(0, device.free_bytes() - sum(reserved.values())),
+        ),
+        shapes=runner.policy,
+        weights_bytes=weights_bytes(module),
+        reserved_bytes={piece: size for piece, size in reserved.items() if size},
+        kernels={
+            **kernels.describe(),
+            **fused,
+            **({"graphs": graphs} if graphs else {}),
+            "sampling": runner.sampler.describe(),
+        },
+    )
+
+
+GRAPH_BYTES = 16 << 20
+"""What one more captured graph takes besides the memory that all share; an estimate, on the generous side."""
+
+
+def _try_capture(runner: ModelRunner) -> tuple[str, int]:
+    """Capture the largest bucket over a cache of one block: a line for the kernels' list, and the bytes all will take.
+
+    A model may do what cannot be captured (read a value on the host, say). It then runs without buckets, and that is
+    known before anything is served.
+    """
+    device, buckets = runner.device, runner.policy.buckets
+    largest = max(buckets, key=lambda bucket: bucket.rows)
+    before = device.taken_bytes()
+    try:
+        blocks = -(-runner.max_model_tokens // device.block_tokens)
+        runner.allocate(KVLayout(PAD_BLOCK + 1, device.block_tokens, largest.rows, blocks))
+        runner.warm(largest)
+        after = device.taken_bytes()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"no memory left to capture a decode step: {first_line(error)}") from error
+        runner.policy = ShapePolicy()
+        return f"none, this model cannot be captured: {first_line(error)}", 0
+    finally:
+        runner.drop_cache()
+    taken = GRAPH_BYTES * (len(buckets) - 1) + max(0, (after or 0) - (before or 0))
+    return f"decode, {len(buckets)} batch sizes up to {largest.rows}", taken
+
+
+def allocate_cache(runner: ModelRunner, device: TorchDevice, layout: KVLayout) -> None:
+    """Allocate the cache, dropping an earlier one first.
+
+    Raises:
+        OutOfMemory: there is no cache then.
+    """
+    if layout.block_tokens != device.block_tokens:
+        raise ContractViolation(f"KVLayout.block_tokens is {layout.block_tokens}, declared was {device.block_tokens}")
+    runner.drop_cache()
+    wanted, free = layout.num_blocks * device.block_bytes(runner.layer_shapes), device.free_bytes()
+    if wanted > free:
+        raise OutOfMemory(f"a KV cache of {layout.num_blocks} blocks needs {wanted} bytes, {free} are free")
+    try:
+        runner.allocate(layout)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"a KV cache of {wanted} bytes does not fit: {first_line(error)}") from error
+        raise
+
+
+@torch.inference_mode()
+def _measured_workspace(runner: ModelRunner, tokens: int, sequences: int) -> int:
+    """Memory that a step of `tokens` prompt tokens, or drawing for all sequences, takes while it runs; 0 where the
+    device does not count.
+
+    Its rows all write into the padding block: what is computed means nothing, how much memory it takes does.
+    """
+    device = runner.device
+    if device.peak_bytes() is None:
+        return 0
+    layers = device.allocate(runner.layer_shapes, PAD_BLOCK + 1)
+    for layer in layers:
+        layer.key.zero_(), layer.value.zero_()
+    blocks = np.full((1, -(-tokens // device.block_tokens)), PAD_BLOCK, np.int32)
+    plan = plan_step(
+        np.zeros(tokens, np.int32),
+        np.array([tokens], np.int32),
+        np.zeros(1, np.int32),
+        blocks,
+        np.ones(1, np.bool_),
+        device.block_tokens,
+        device.upload,
+    )
+    device.peak_bytes()
+    logits = runner.module.logits(
+        plan.token_ids.long(), plan.positions, plan.logits_index, PagedStep(plan, layers, runner.kernels)
+    )
+    step_bytes = device.peak_bytes() or 0
+    logits = logits.expand(sequences, -1)
+    runner.sampler.draw(logits, np.arange(sequences), _demanding(sequences), None)
+    return max(step_bytes, device.peak_bytes() or 0)
+
+
+def _demanding(rows: int) -> SamplingBatch:
+    """Parameters that take a sampler's memory: filtered draws, with logprobs."""
+
+    def all_rows(value: float, dtype: type[np.generic]) -> NDArray[Any]:
+        return np.full(rows, value, dtype)
+
+    off, on = all_rows(0, np.float32), all_rows(1, np.float32)
+    return SamplingBatch(
+        features=frozenset({"temperature", "top_p", "logprobs"}),
+        temperature=on,
+        top_k=all_rows(0, np.int32),
+        top_p=all_rows(0.9, np.float32),
+        min_p=off,
+        typical_p=on,
+        repetition_penalty=on,
+        presence_penalty=off,
+        frequency_penalty=off,
+        seeds=all_rows(0, np.uint64),
+        positions=all_rows(0, np.int64),
+        bias_starts=np.zeros(rows + 1, np.int32),
+        bias_ids=np.zeros(0, np.int32),
+        bias_values=np.zeros(0, np.float32),
+        num_logprobs=all_rows(5, np.int32),
+        processed_logprobs=all_rows(0, np.bool_),
+    )
+
+
+def _wish(wish: int | None, default: int, most: int) -> int:
+    """What a plugin offers for a user's wish: at least 1, at most what the device is good for."""
+    return default if wish is None else max(1, min(wish, most))

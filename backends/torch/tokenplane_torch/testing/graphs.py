@@ -1,0 +1,116 @@
+"""torch.cuda as a GPU would have it, on the host: streams, events, pinned memory, and graphs that really replay.
+
+A graph records every operation and runs it again on the same tensors. Reading a value, or allocating by one, while it
+records is refused as a driver refuses it. So what a captured step may not do fails here too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+READS_VALUES = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "allclose", "unique"}
+
+
+class HostGraph:
+    """What CUDAGraph is: `replay` runs what was recorded."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.num_replays = 0
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        self.num_replays += 1
+        for function, args, kwargs, out in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                # Views and in-place operations lead to the recorded memory by themselves.
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, graph: HostGraph) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in READS_VALUES:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        out = func(*args, **(kwargs or {}))
+        self._graph.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+class _Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._at_s = 0.0
+
+    def record(self) -> None:
+        self._at_s = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end._at_s - self._at_s) * 1e3
+
+
+class _Stream:
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+    def wait_stream(self, other: _Stream) -> None:
+        pass
+
+
+class HostGpu:
+    """Stands in for the module torch.cuda."""
+
+    Event, Stream, CUDAGraph = _Event, _Stream, HostGraph
+
+    def __init__(self, total_bytes: int = 8 << 30) -> None:
+        self.total_bytes = total_bytes
+
+    def set_device(self, index: int) -> None:
+        pass
+
+    def current_stream(self) -> _Stream:
+        return _Stream()
+
+    def stream(self, stream: _Stream) -> Any:
+        return nullcontext()
+
+    def graph_pool_handle(self) -> object:
+        return object()
+
+    @contextmanager
+    def graph(self, graph: HostGraph, pool: object = None) -> Iterator[None]:
+        with _Recorder(graph):
+            yield
+
+    def mem_get_info(self, device: Any) -> tuple[int, int]:
+        return self.total_bytes, self.total_bytes
+
+    def memory_reserved(self, device: Any) -> int:
+        return 0
+
+    memory_allocated = max_memory_allocated = memory_reserved
+
+    def synchronize(self, device: Any) -> None:
+        pass
+
+    reset_peak_memory_stats = synchronize
+
+    def empty_cache(self) -> None:
+        pass
