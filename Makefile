@@ -7,6 +7,9 @@ MODEL ?= models/demo
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := core api backends/torch backends/cpu
+# Installed for development only: their plugins import without the vendor's libraries. The TPU's needs another torch.
+OTHER_BACKENDS := backends/cuda backends/rocm backends/xpu backends/gaudi backends/neuron
+ALL_PACKAGES := $(PACKAGES) $(OTHER_BACKENDS) backends/tpu
 MANIFESTS := pyproject.toml constraints.txt $(PACKAGES:%=%/pyproject.toml)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
@@ -26,8 +29,8 @@ $(VENV)/.installed: $(MANIFESTS)
 	$(PIP) --constraint constraints.txt $(PACKAGES:%=--editable ./%) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --constraint constraints.txt --group dev
+$(VENV)/.installed-dev: $(VENV)/.installed $(OTHER_BACKENDS:%=%/pyproject.toml)
+	$(PIP) --constraint constraints.txt --group dev $(OTHER_BACKENDS:%=--editable ./%)
 	@touch $@
 
 serve: install
@@ -48,7 +51,7 @@ bench: $(VENV)/.installed-dev
 
 dist: $(VENV)/.installed-dev
 	rm -rf dist
-	for package in . $(PACKAGES); do $(BIN)/python -m build --wheel --outdir dist $$package || exit 1; done
+	for package in . $(ALL_PACKAGES); do $(BIN)/python -m build --wheel --outdir dist $$package || exit 1; done
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m package_index tests/packaging/test_wheels.py
 
 clean:

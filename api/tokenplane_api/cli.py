@@ -1,4 +1,4 @@
-"""The command line: `tokenplane serve` and `tokenplane devices`. Options have TGI's names where TGI has them."""
+"""The command line: `tokenplane serve`, `plan`, `devices`, `new-backend`. Options have TGI's names where they exist."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import typer
 from typer.core import TyperCommand
 
 from tokenplane_core.backend.errors import ConfigError, TokenplaneError
+from tokenplane_core.backend.records import LoadOptions
 
 from . import __version__
 from .devices import devices_json, devices_table
+from .new_backend import new_backend
+from .plan import make_plan
 from .server import ServeOptions, is_ip_address
 from .server import serve as run_server
 from .settings import Settings
@@ -69,8 +72,68 @@ def top(version: Annotated[bool, typer.Option("--version", "-V", help="Print the
 def devices(
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
-    """Show every installed backend: its devices, or exactly why it has none."""
+    """Show every installed backend, its devices or exactly why it has none, and hardware that lacks its plugin."""
     typer.echo(devices_json() if json else devices_table())
+
+
+@app.command("new-backend")
+def write_new_backend(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What --backend will call it.")],
+    path: Annotated[Path, typer.Option("--path", help="Folder to write NAME-backend to.")] = Path("."),
+) -> None:
+    """Write the package of a new backend, which already passes the conformance kit at its simplest level."""
+    folder = new_backend(name, path)
+    typer.echo(f"{folder} is written. Next:\n  pip install -e {folder}\n  pytest --tokenplane-backend {name}")
+
+
+@app.command(short_help="Show where the memory would go, without the device.")
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or id on the Hugging Face hub.")],
+    device: Annotated[
+        str | None,
+        typer.Option(help="A catalogue name (H100), a size (80GiB) or a backend here.", show_default="the best here"),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Of how many such devices.")] = 1,
+    revision: Annotated[str | None, _option("REVISION", _MODEL, "Branch, tag or commit on the hub.")] = None,
+    huggingface_hub_cache: Annotated[
+        Path | None, _option("HUGGINGFACE_HUB_CACHE", _MODEL, "Where downloads are kept.", unset="the hub library's")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        _option("DTYPE", _MODEL, "Number format of weights and cache.", unset="as the checkpoint was saved"),
+    ] = None,
+    max_total_tokens: Annotated[
+        int | None, _option("MAX_TOTAL_TOKENS", _LIMITS, "Longest prompt plus answer.", unset="the model's", low=2)
+    ] = None,
+    max_batch_prefill_tokens: Annotated[
+        int | None, _option("MAX_BATCH_PREFILL_TOKENS", _LIMITS, "Tokens computed in one step.", unset="2048", low=1)
+    ] = None,
+    max_batch_size: Annotated[
+        int | None, _option("MAX_BATCH_SIZE", _LIMITS, "Sequences computed at once.", unset="64", low=1)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Show where a device's memory would go if it served the model.
+
+    Exit status: 0 if it fits, 1 if it does not, 2 if nothing could be planned.
+    """
+    try:
+        report = make_plan(
+            model,
+            device,
+            count,
+            revision=revision,
+            hub_cache=huggingface_hub_cache,
+            dtype=dtype,
+            max_model_tokens=max_total_tokens,
+            options=LoadOptions(max_step_tokens=max_batch_prefill_tokens, max_sequences=max_batch_size),
+            progress=lambda line: typer.echo(line, err=True),
+        )
+    except TokenplaneError as error:
+        typer.echo(f"tokenplane: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(report.json() if json else report.text())
+    raise typer.Exit(0 if report.fits else 1)
 
 
 @app.command(cls=GroupedCommand, short_help="Serve a model over HTTP.")
@@ -104,7 +167,16 @@ def serve(
             unset="the best found",
         ),
     ] = None,
-    device_index: Annotated[int, _option("TOKENPLANE_DEVICE_INDEX", _ENGINE, "Which of its devices.", low=0)] = 0,
+    device_index: Annotated[
+        int | None,
+        _option(
+            "TOKENPLANE_DEVICE_INDEX",
+            _ENGINE,
+            "Which of its devices.",
+            unset="the one with the most free memory",
+            low=0,
+        ),
+    ] = None,
     num_threads: Annotated[
         int | None,
         _option(

@@ -20,11 +20,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from tokenplane_core.backend.choice import choose, choose_device
 from tokenplane_core.backend.errors import ConfigError, TokenplaneError
-from tokenplane_core.backend.plugins import PluginAnswer, choose
-from tokenplane_core.backend.records import Device
 from tokenplane_core.client import EngineClient
 from tokenplane_core.config import EngineConfig
+from tokenplane_core.memory import format_table
 from tokenplane_core.messages import EngineInfo
 from tokenplane_core.model import describe_model
 
@@ -49,7 +49,7 @@ class ServeOptions:
     model_id: str
     revision: str | None = None
     backend: str | None = None
-    device_index: int = 0
+    device_index: int | None = None  # None: the best that is ok
     dtype: str | None = None
     trust_remote_code: bool = False
     tokenizer_config_path: Path | None = None
@@ -74,8 +74,8 @@ def serve(options: ServeOptions, make_settings: Callable[[str | None], Settings]
     """
     with bind(options.hostname, options.port) as listener:
         answer = choose(options.backend)
-        device = _device(answer, options.device_index)
-        log.info("Backend %s %s: %s", answer.name, answer.version, device.name)
+        device, why = choose_device(answer, options.device_index)
+        log.info("Backend %s %s, device %d (%s): %s", answer.name, answer.version, device.index, why, device.name)
         folder = resolve_model(
             options.model_id,
             options.revision,
@@ -107,25 +107,17 @@ def serve(options: ServeOptions, make_settings: Callable[[str | None], Settings]
         config = EngineConfig(
             model=spec,
             backend=answer.name,
-            device_index=options.device_index,
+            device_index=device.index,
+            device=device,
             num_threads=options.num_threads,
             max_step_tokens=options.max_step_tokens,
             max_sequences=options.max_sequences,
             kv_cache_tokens=options.kv_cache_tokens,
+            required_tokens=settings.max_total_tokens,
             prefix_cache=options.prefix_cache,
         )
         app = create_app(EngineClient(config, settings.max_concurrent_requests), tokenizer, template, settings)
         _run(app, listener, options.grace_s)
-
-
-def _device(answer: PluginAnswer, index: int) -> Device:
-    found = answer.report.devices
-    if index >= len(found):
-        raise ConfigError(
-            f"--device-index is {index}, but {answer.name} has {len(found)} device(s), numbered from 0;"
-            " `tokenplane devices` lists them"
-        )
-    return found[index]
 
 
 def bind(hostname: str, port: int) -> socket.socket:
@@ -241,6 +233,7 @@ def banner(info: EngineInfo, settings: Settings, max_input_tokens: int, max_tota
         f"Limits: prompt {max_input_tokens} tokens ({by(settings.max_input_tokens)}), with answer {max_total_tokens}"
         f" ({by(settings.max_total_tokens)}), {settings.max_concurrent_requests} requests at once",
         f"Batches: {info.max_step_tokens} tokens a step, {info.max_sequences} sequences",
+        *format_table(info.memory),
     ]
 
 

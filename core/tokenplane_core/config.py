@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from .backend.records import ModelSpec
+from .backend.records import Device, ModelSpec
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -12,11 +12,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: ModelSpec
     backend: str  # entry-point name, already chosen
-    device_index: int = 0
+    device_index: int = 0  # already chosen
+    device: Device | None = None  # as detect found it; None: no estimate before loading
     num_threads: int | None = None
     max_step_tokens: int | None = None
     max_sequences: int | None = None
     kv_cache_tokens: int | None = None
+    required_tokens: int | None = None  # one sequence of this length must fit; None: any that does will do
     prefix_cache: bool = True
     ageing_s: float = 10.0  # waiting this long is worth one priority level
     ready_timeout_s: float = 600.0  # from process start to the first Ready

@@ -12,6 +12,8 @@ from typing import Literal
 
 import msgspec
 
+from .memory import MemoryRow
+
 FinishReason = Literal["length", "stop_token", "error"]
 
 MAX_FRAME_BYTES = 1 << 28
@@ -97,6 +99,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     load_s: float
     max_request_tokens: int  # longest prompt + output that fits the cache
     max_prompt_tokens: int  # longest prompt the device can take in
+    memory: list[MemoryRow]  # where the device's memory went, estimated and measured
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tokenplane_api.devices import format_table
+from dataclasses import replace
+
+from tokenplane_api.devices import format_table, json_report
+from tokenplane_core.backend.hardware import Hardware
 from tokenplane_core.backend.plugins import PluginAnswer
 from tokenplane_core.backend.records import DetectReport, Device
 
@@ -33,9 +36,31 @@ def test_found_absent_and_broken_stand_side_by_side() -> None:
     assert lines[4].strip() == "no NVIDIA driver is loaded"
     assert lines[5].split() == ["rocm", "1.2.3", "?", "broken"]
     assert "no module named x" in lines[6]
+    assert lines[-3] == "Repair or uninstall it, or choose a backend yourself: --backend cpu"
     assert lines[-1] == "Simulated devices, used only when named with --backend: simulated-cuda, simulated-tpu"
     assert sum("simulated" in line for line in lines) == 1
 
 
 def test_without_a_plugin_it_says_what_to_install() -> None:
     assert 'pip install "tokenplane[cpu]"' in format_table([])
+
+
+def test_devices_that_say_the_same_share_a_line() -> None:
+    alike = [replace(device("cuda", "H100"), index=i) for i in range(5)]
+    taken = replace(alike[2], state="busy", notes="used by pid 7")
+    lines = format_table([answer("cuda", DetectReport("found", (*alike[:2], taken, *alike[3:])))]).splitlines()
+    assert [line.strip().partition(":")[0] for line in lines[2:5]] == ["0-1", "2", "3-4"]
+    assert lines[3].startswith("  2: BUSY: H100") and "used by pid 7" in lines[3]
+    apart = tuple(replace(device("neuron", "Trainium2"), index=i) for i in (0, 2))
+    assert "  0, 2: Trainium2" in format_table([answer("neuron", DetectReport("found", apart))])
+
+
+def test_the_json_report_has_backends_missing_hardware_and_the_default() -> None:
+    card = Hardware("rocm", "1 x AMD GPU at 0000:05:00.0", is_accelerator=True)
+    cpu = answer("cpu", DetectReport("found", (device("cpu", "Example CPU"),)))
+    report = json_report([cpu], [])
+    assert report["backends"][0]["devices"][0].name == "Example CPU"
+    assert report["default"] == {"backend": "cpu", "device_index": 0, "reason": "the only one"}
+    report = json_report([cpu], [card])
+    assert report["missing"][0]["install"] == 'pip install "tokenplane[rocm]"'
+    assert report["default"]["backend"] is None and "tokenplane[rocm]" in report["default"]["reason"]

@@ -105,6 +105,25 @@ def rows_share_parameters(device: SimulatedBackend, batch: Batch) -> Batch:
     return batch
 
 
+def resumed_with_old_table(device: SimulatedBackend, batch: Batch) -> Batch:
+    """A sequence that comes back after preemption is given the table that its slot had before."""
+    if isinstance(batch, DecodeBatch):
+        return batch
+    ends = dict(zip(batch.slots.tolist(), (batch.context_lens + batch.num_new_tokens).tolist(), strict=True))
+    head = batch.head
+    resumed = [opened.slot for opened in head.opened if ends[opened.slot] > opened.num_prompt_tokens]
+    fresh = ~np.isin(head.table_slots, resumed)
+    head = replace(
+        head,
+        closed=head.closed[~np.isin(head.closed, resumed)],
+        opened=tuple(opened for opened in head.opened if opened.slot not in resumed),
+        table_slots=head.table_slots[fresh],
+        table_positions=head.table_positions[fresh],
+        table_blocks=head.table_blocks[fresh],
+    )
+    return replace(batch, head=head)
+
+
 def short_memory(device: SimulatedBackend, batch: Batch) -> Batch:
     """The first token of every sequence is lost, in all circumstances alike."""
     device.cells[device.tables.blocks[batch.slots[: batch.num_rows], 0], 0] = 0
@@ -123,6 +142,8 @@ PLANTS = [
     (forgotten_context, SimulatedCuda, "chunked_prefill_equals_whole"),
     (forgotten_context, SimulatedGaudi, "prefix_hit_equals_recompute"),
     (padding_runs_over, SimulatedTpu, "padding_changes_nothing"),
+    (resumed_with_old_table, SimulatedCuda, "preempted_equals_uninterrupted"),
+    (resumed_with_old_table, SimulatedGaudi, "preempted_equals_uninterrupted"),
     (forgotten_seed, SimulatedTpu, "async_depth_changes_nothing"),
 ]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pluggy
 import pytest
 
-from tokenplane_core.backend import plugins
+from tokenplane_core.backend import choice, plugins
 from tokenplane_core.backend.errors import BackendNotFound, BackendUnavailable, ContractViolation
 from tokenplane_core.backend.hookspecs import hookimpl
-from tokenplane_core.backend.records import CONTRACT_VERSION, DetectReport, Device, LoadOptions, ModelSpec
+from tokenplane_core.backend.records import CONTRACT_VERSION, DetectReport, LoadOptions, ModelSpec
 from tokenplane_core.kit.runner import LocalEngine
 from tokenplane_core.kit.simulated import SimulatedCuda, oracle
 
@@ -57,7 +57,7 @@ def test_a_found_plugin_answers_with_version_contract_and_devices(
     install(tmp_path, monkeypatch, "good", GOOD)
     answer = plugins.ask("good")
     assert (answer.distribution, answer.version, answer.contract) == ("tokenplane-good", "1.2", CONTRACT_VERSION)
-    assert answer.report.status == "found" and answer.score == 7
+    assert answer.report.status == "found" and answer.report.devices[0].score == 7
 
 
 @pytest.mark.parametrize(
@@ -124,44 +124,15 @@ def test_one_broken_plugin_hides_nobody(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_unknown_name_lists_what_is_installed_and_a_close_match() -> None:
     with pytest.raises(BackendNotFound, match="did you mean simulated-tpu") as caught:
-        plugins.choose("simulated-tpi")
+        choice.choose("simulated-tpi")
     assert "simulated-gaudi" in str(caught.value)
-
-
-def answer(name: str, report: DetectReport) -> plugins.PluginAnswer:
-    return plugins.PluginAnswer(name, "", "", CONTRACT_VERSION, report, 0.0)
-
-
-def device(score: int) -> Device:
-    return Device("x", 0, "a card", "", 1, ("float32",), score)
-
-
-def test_the_best_found_wins_and_simulated_devices_never_do() -> None:
-    slow = answer("cpu", DetectReport("found", (device(1),)))
-    fast = answer("card", DetectReport("found", (device(100), device(50))))
-    simulated = answer("simulated", DetectReport("found", (device(0),)))
-    absent = answer("other", DetectReport("absent", reason="no such card"))
-    assert plugins.best([slow, simulated, absent]).name == "cpu"
-    assert plugins.best([slow, fast, simulated]).name == "card"
-    with pytest.raises(BackendUnavailable, match="other: absent: no such card"):
-        plugins.best([simulated, absent])
-    with pytest.raises(BackendNotFound, match="tokenplane\\[cpu\\]"):
-        plugins.best([])
-
-
-def test_a_broken_device_is_never_replaced_by_a_slower_one_in_silence() -> None:
-    cpu = answer("cpu", DetectReport("found", (device(1),)))
-    broken = answer("card", DetectReport("broken", reason="driver 470 is too old, 525 is needed"))
-    with pytest.raises(BackendUnavailable, match="driver 470 is too old") as caught:
-        plugins.best([cpu, broken])
-    assert "--backend cpu" in str(caught.value)
 
 
 def test_a_named_backend_works_or_fails_with_its_own_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "shy", sound("return DetectReport('absent', reason='/dev/shy0 is missing')"))
     with pytest.raises(BackendUnavailable, match="backend shy is absent: /dev/shy0 is missing"):
-        plugins.choose("shy")
-    assert plugins.choose("simulated-cuda").report.devices[0].name == "simulated-cuda"
+        choice.choose("shy")
+    assert choice.choose("simulated-cuda").report.devices[0].name == "simulated-cuda"
 
 
 class Misspelt(SimulatedCuda):

@@ -5,6 +5,7 @@ Knows file names only; what is in the files is for `describe_model`, the tokeniz
 
 from .errors import DiskFull, HubUnreachable, ModelGated, ModelNotFound, NoSafetensors
 from .folder import check_model_folder, model_sha
+from .headers import remote_tensors
 from .resolve import resolve_model
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "NoSafetensors",
     "check_model_folder",
     "model_sha",
+    "remote_tensors",
     "resolve_model",
 ]

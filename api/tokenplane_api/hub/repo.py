@@ -11,6 +11,8 @@ from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_fro
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
+from tokenplane_core.weight_files import StoredTensor
+
 from .. import __version__
 
 # Never pickle (*.bin, *.pt, *.pth): loading it runs whatever code it holds.
@@ -42,9 +44,20 @@ class Repo:
 
     def info(self) -> ModelInfo:
         """Ask the hub for the commit, and the names and sizes of its files."""
-        api = HfApi(self.endpoint, token=self.token, library_name="tokenplane", library_version=__version__)
         timeout_s = constants.HF_HUB_ETAG_TIMEOUT
-        return api.model_info(self.model_id, revision=self.revision, files_metadata=True, timeout=timeout_s)
+        return self._api().model_info(self.model_id, revision=self.revision, files_metadata=True, timeout=timeout_s)
+
+    def tensors(self) -> list[StoredTensor]:
+        """Ask the hub for the headers of the weight files."""
+        metadata = self._api().get_safetensors_metadata(self.model_id, revision=self.revision)
+        return [
+            StoredTensor(name, tensor.dtype, tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0])
+            for file in metadata.files_metadata.values()
+            for name, tensor in file.tensors.items()
+        ]
+
+    def _api(self) -> HfApi:
+        return HfApi(self.endpoint, token=self.token, library_name="tokenplane", library_version=__version__)
 
     def snapshot(self, only_cached: bool = False) -> Path:
         """The folder with the wanted files, after downloading what is missing (unless only_cached)."""

@@ -93,6 +93,7 @@ async def info(request: Request) -> Response:
             "max_batch_prefill_tokens": engine.max_step_tokens,
             "max_batch_total_tokens": engine.num_blocks * engine.block_tokens,
             "max_batch_size": engine.max_sequences,
+            "memory": engine.memory,
         }
     )
 

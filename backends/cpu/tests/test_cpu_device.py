@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import machines
+from helpers.machines import meminfo
 from tokenplane_cpu.device import default_threads, detect, read_host, read_memory
 
 GIB = 1 << 30
@@ -28,12 +30,6 @@ def x86(cpus: int, flags: str = "fpu sse2 avx avx2", threads_per_core: int = 1, 
 
 def allowed(cpus: str) -> str:
     return f"Name:\tpython\nCpus_allowed:\tff\nCpus_allowed_list:\t{cpus}\n"
-
-
-def meminfo(total_gib: int, available_gib: int) -> str:
-    return (
-        f"MemTotal: {total_gib << 20} kB\nMemFree: 1 kB\nMemAvailable: {available_gib << 20} kB\nHugePages_Total: 0\n"
-    )
 
 
 SAPPHIRE = "avx2 avx512f avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"
@@ -70,6 +66,42 @@ def test_an_arm_machine_without_a_model_name(tmp_path: Path) -> None:
     host = read_host(tree(tmp_path, {"proc/cpuinfo": cpuinfo, "proc/self/status": allowed("0-3")}))
     assert host.isa == ("neon", "sve", "i8mm", "bf16")
     assert host.cores == 4 and host.name
+
+
+@pytest.mark.parametrize(
+    ("machine", "name", "arch"),
+    [
+        (machines.RASPBERRY, "Raspberry Pi 5 Model B Rev 1.0 (Arm Cortex-A76)", "aarch64+neon"),
+        (machines.GRAVITON, "Arm Neoverse-V1", "aarch64+neon+sve+i8mm+bf16"),
+    ],
+)
+def test_arm_machines_are_named_by_board_and_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: machines.Machine, name: str, arch: str
+) -> None:
+    (device,) = detect(machine.build(tmp_path, monkeypatch)).devices
+    assert (device.name, device.arch) == (name, arch)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "note"), [("0-7", "2 NUMA nodes"), ("0-3", "on NUMA node 0 of 2"), ("5", "on NUMA node 1 of 2")]
+)
+def test_memory_nodes_of_the_allowed_cpus_are_named(tmp_path: Path, cpus: str, note: str) -> None:
+    files = {
+        "proc/cpuinfo": x86(8),
+        "proc/self/status": allowed(cpus),
+        "sys/devices/system/node/node0/cpulist": "0-3\n",
+        "sys/devices/system/node/node1/cpulist": "4-7\n",
+    }
+    assert note in detect(tree(tmp_path, files)).devices[0].notes
+
+
+def test_a_memory_limit_is_told_with_what_the_machine_has(tmp_path: Path) -> None:
+    files = {
+        "proc/meminfo": meminfo(64, 48),
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": f"{8 * GIB}\n",
+    }
+    assert "memory limited by cgroup (machine: 64.0 GiB)" in detect(tree(tmp_path, files)).devices[0].notes
 
 
 @pytest.mark.parametrize(("cpus", "cores"), [("0-7", 8), ("0-1,6", 3), ("5", 1), ("0,2-3\n", 3)])

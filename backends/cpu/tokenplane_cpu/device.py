@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenplane_core.backend.probe import GIB, join_notes, meminfo_bytes, number_list, read_number, read_text
-from tokenplane_core.backend.records import DetectReport, Device
+from tokenplane_core.backend.records import DetectReport, Device, Offer
 
 SCORE = 1  # any accelerator scores higher
 
@@ -74,6 +74,7 @@ def detect(root: Path = Path("/")) -> DetectReport:
         dtypes=("bfloat16", "float32", "float16") if native_bf16 else ("float32", "bfloat16", "float16"),
         score=SCORE,
         memory_free_bytes=memory.free_bytes,
+        offer=Offer(headroom_bytes=headroom_bytes(memory.total_bytes)),
         notes=join_notes(
             f"{host.cores} of {host.logical_cpus} CPUs used",
             f"bfloat16 {'native' if native_bf16 else 'emulated'}",
@@ -88,6 +89,13 @@ def _limit_note(memory: Memory) -> str:
     if memory.total_bytes >= memory.machine_bytes:
         return ""
     return f"memory limited by cgroup (machine: {memory.machine_bytes / GIB:.1f} GiB)"
+
+
+def headroom_bytes(memory_total_bytes: int) -> int:
+    """What the KV cache leaves free: 1/8 of the memory allowed, at least 256 MiB, for activations, gathered keys,
+    logits, the allocator's slack and the rest of the machine.
+    """
+    return max(256 << 20, memory_total_bytes // 8)
 
 
 # --- Cores --------------------------------------------------------------------------------------------------

@@ -10,9 +10,7 @@ from tokenplane_torch.device import TorchDevice
 from tokenplane_torch.kernels import AttentionKernels, LayerNeed
 
 from .attention import kernels
-from .device import read_memory
-
-RESERVE_BYTES = 256 << 20
+from .device import headroom_bytes, read_memory
 
 
 class HostDevice(TorchDevice):
@@ -35,7 +33,4 @@ class HostDevice(TorchDevice):
         return read_memory().total_bytes
 
     def headroom_bytes(self) -> int:
-        """1/8 of the memory allowed, at least 256 MiB: for activations, gathered keys, logits, the allocator's slack
-        and the rest of the machine.
-        """
-        return max(RESERVE_BYTES, self.total_bytes() // 8)
+        return headroom_bytes(self.total_bytes())

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from neuron_stand_in import Bench, StandInBackend
 
+from tokenplane_core.backend.artefacts import artefact, cache_folder
 from tokenplane_core.backend.errors import BackendError
 from tokenplane_core.backend.records import LoadOptions, ModelSpec
 from tokenplane_core.kit.checkpoint import reference_greedy, write_tiny_llama
 from tokenplane_core.kit.runner import LocalEngine
 from tokenplane_core.model import describe_model
-from tokenplane_neuron.artefacts import artefact, cache_folder
 
 
 def only_entry(cache: Path) -> Path:
@@ -131,9 +131,9 @@ def test_of_two_processes_that_compile_at_once_the_first_one_stays(tmp_path: Pat
 
     def slower(folder: Path) -> None:
         (folder / "model.pt").write_text("second")
-        artefact(tmp_path, facts, lambda other: (other / "model.pt").write_text("first") and None)
+        artefact(tmp_path, "llama", facts, lambda other: (other / "model.pt").write_text("first") and None)
 
-    folder = artefact(tmp_path, facts, slower)
+    folder = artefact(tmp_path, "llama", facts, slower)
     assert (folder / "model.pt").read_text() == "first"
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -141,7 +141,7 @@ def test_of_two_processes_that_compile_at_once_the_first_one_stays(tmp_path: Pat
 def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BackendError, match="name a writable folder with TOKENPLANE_CACHE"):
-        artefact(tmp_path / "file" / "neuron", {"model_type": "llama"}, lambda folder: None)
+        artefact(tmp_path / "file" / "neuron", "llama", {"model_type": "llama"}, lambda folder: None)
 
 
 @pytest.mark.parametrize(
@@ -154,4 +154,4 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path: Path) -> Non
     ],
 )
 def test_the_cache_lies_where_the_environment_says(environ: Mapping[str, str], folder: str) -> None:
-    assert cache_folder(environ) == Path(folder).expanduser()
+    assert cache_folder("neuron", environ) == Path(folder).expanduser()

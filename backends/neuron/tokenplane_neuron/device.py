@@ -27,7 +27,7 @@ from tokenplane_core.backend.probe import (
     read_text,
     users_note,
 )
-from tokenplane_core.backend.records import DetectReport, Device
+from tokenplane_core.backend.records import DetectReport, Device, Offer
 
 SYSFS = "sys/devices/virtual/neuron_device"
 
@@ -115,6 +115,7 @@ def _device(root: Path, number: int, name: str, cards: list[PciDevice], pids: li
         memory_total_bytes=total,
         dtypes=("bfloat16", "float16", "float32") if chip.arch != "neuroncore-v1" else ("bfloat16", "float16"),
         score=ACCELERATOR_SCORE,
+        offer=Offer(decode_graphs=None),  # compiled programs
         memory_free_bytes=max(0, total - sum(n or 0 for n in used)) if used and total else None,
         notes=join_notes(
             problem,

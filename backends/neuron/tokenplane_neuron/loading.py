@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+from tokenplane_core.backend.artefacts import artefact, cache_folder
 from tokenplane_core.backend.errors import BackendError, BackendUnavailable, OutOfMemory, UnsupportedModel
 from tokenplane_core.backend.records import DetectReport, Device, LoadOptions, ModelSpec
 
 from . import __version__
-from .artefacts import artefact, cache_folder
 from .calls import Graphs, context_buckets
 from .vendor import CompiledModel, Vendor, compile_graphs, open_exported, open_graphs
 
@@ -101,7 +101,7 @@ def _compiled_folder(vendor: Vendor, model: ModelSpec, graphs: Graphs, cores: in
         compile_graphs(vendor, model_class, model, graphs, cores, folder)
         log.info("Compiled in %.0f s", monotonic() - start_s)
 
-    folder = artefact(cache_folder(), facts, build)
+    folder = artefact(cache_folder("neuron"), model_type or "model", facts, build)
     log.info("Compiled graphs are in %s", folder)
     return folder
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenplane_core.backend.records import SamplingCaps, ShapePolicy
+from tokenplane_core.backend.records import Offer, SamplingCaps, ShapePolicy
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +114,20 @@ class TorchDevice(ABC):
 
     def close(self) -> None:  # noqa: B027 (most devices have nothing to do)
         """Give memory back. May be called twice."""
+
+
+def decode_sizes(sequences: int) -> list[int]:
+    """Batch sizes whose decode step a GPU captures: 1, 2, 4, then every 8th up to 64, every 16th up to 256, every 32nd
+    beyond. Padding then costs less than half of a small batch, and little of a large one.
+    """
+    most = min(sequences, 1024)  # beyond, a step's launches no longer matter
+    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 32))
+    return [*(size for size in sizes if size < most), most]
+
+
+def gpu_offer(memory_total_bytes: int) -> Offer:
+    """What a GPU does unless told otherwise. 4 % of the card stay free, at least 512 MiB."""
+    return Offer(256, 8192, max(512 << 20, memory_total_bytes // 25), len(decode_sizes(256)))
 
 
 def powers_of_two(first: int, last: int) -> Sequence[int]:

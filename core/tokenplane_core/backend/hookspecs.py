@@ -3,10 +3,15 @@
     [project.entry-points."tokenplane.backends"]
     acme = "tokenplane_acme.plugin:AcmeBackend"
 
-The class says which contract it was written for: `contract = CONTRACT_VERSION`. The core makes one object of it per
-engine process and calls, in this order: `load`, `kv_alloc`, `warmup` (if there), then `prefill` and `decode` for as
-long as it serves, then `close`. `detect` is called on an object of its own, in a child process. Importing the plugin
-module and making the object must not import the vendor library: that happens in `load`.
+The class says which contract it was written for, as a literal: `contract = "0.2"`. (CONTRACT_VERSION is what the
+installed core speaks; it changes without the plugin.) A core serves every plugin of its own major version whose minor
+version is not newer than its own, since minor versions only add: optional hooks, arguments that a hook may leave out,
+record fields with a default, feature names. It refuses all others by name, before it calls a hook.
+
+The core makes one object of the class per engine process and calls, in this order: `load`, `kv_alloc`, `warmup` (if
+there), then `prefill` and `decode` for as long as it serves, then `close`. `detect` is called on an object of its own,
+in a child process. Importing the plugin module and making the object must not import the vendor library: that happens
+in `load`.
 
 A hook may leave out arguments it does not need. A misspelt hook or argument is refused when the plugin loads.
 """

@@ -1,4 +1,4 @@
-"""Find, ask, choose and open backend plugins.
+"""Find, ask and open backend plugins.
 
 Listing and asking import nothing here: `detect` runs in a child process with a time limit, because a driver may
 crash, hang or print. Every refusal keeps its reason.
@@ -61,10 +61,6 @@ class PluginAnswer:
     report: DetectReport
     elapsed_s: float
 
-    @property
-    def score(self) -> int:
-        return max((device.score for device in self.report.devices), default=0)
-
 
 def installed() -> dict[str, EntryPoint]:
     """Entry points by backend name. Imports no plugin."""
@@ -108,41 +104,6 @@ def survey(timeout_s: float = 10.0) -> list[PluginAnswer]:
     names = sorted(installed())
     with ThreadPoolExecutor(max_workers=8) as pool:
         return list(pool.map(lambda name: ask(name, timeout_s), names))
-
-
-def choose(name: str | None = None, timeout_s: float = 10.0) -> PluginAnswer:
-    """The backend to serve with: the named one, or the best found.
-
-    Raises:
-        BackendNotFound: `name` is not installed, or nothing is.
-        BackendUnavailable: the named one is absent or broken, nothing was found, or (unnamed) some device is there
-            but broken: serving from something slower would hide that.
-    """
-    if name is not None:
-        answer = ask(name, timeout_s)
-        if answer.report.status != "found":
-            raise BackendUnavailable(f"backend {name} is {answer.report.status}: {answer.report.reason}")
-        return answer
-    return best(survey(timeout_s))
-
-
-def best(answers: Iterable[PluginAnswer]) -> PluginAnswer:
-    """The choice among answers when the user named no backend; raises as `choose` does."""
-    answers = list(answers)
-    reasons = "\n".join(f"  {a.name}: {a.report.status}: {a.report.reason}" for a in answers if a.report.reason)
-    broken = [a.name for a in answers if a.report.status == "broken"]
-    found = [a for a in answers if a.report.status == "found" and a.score > 0]
-    if broken:
-        usable = "".join(f" --backend {a.name}" for a in sorted(found, key=lambda a: -a.score)[:1])
-        raise BackendUnavailable(
-            f"{', '.join(broken)} cannot be used, and nothing slower is chosen in its place:\n{reasons}\n"
-            f"Repair or uninstall it, or choose a backend yourself:{usable or ' --backend NAME'}"
-        )
-    if not answers:
-        raise BackendNotFound('no backend plugin is installed; for this machine\'s CPU: pip install "tokenplane[cpu]"')
-    if not found:
-        raise BackendUnavailable(f"no installed backend found a device:\n{reasons}")
-    return max(found, key=lambda a: a.score)
 
 
 def _detect_in_child(name: str, timeout_s: float) -> tuple[str, DetectReport]:
@@ -276,9 +237,15 @@ def load_plugin(name: str) -> object:
 
 
 def _check_contract_version(name: str, version: str) -> None:
-    """Same major version: minor versions only add."""
-    if version.split(".")[0] != CONTRACT_VERSION.split(".")[0]:
+    """Same major, and no newer minor: minor versions only add, so this core serves whatever was written before it."""
+    theirs, ours = _numbers(version), _numbers(CONTRACT_VERSION)
+    if theirs is None or ours is None or theirs[0] != ours[0] or theirs > ours:
         raise ContractViolation(
             f"backend {name} was written for contract {version or 'of no version'}, this core speaks"
             f" {CONTRACT_VERSION}; install matching releases"
         )
+
+
+def _numbers(version: str) -> tuple[int, int] | None:
+    major, _, minor = version.partition(".")
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None

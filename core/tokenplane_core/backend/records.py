@@ -46,6 +46,19 @@ Only sent to plugins that declare `async_depth >= 1`."""
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """What a backend will do on a device unless told otherwise: facts for the memory plan before a model is loaded.
+
+    Afterwards Capabilities counts.
+    """
+
+    max_sequences: int = 64
+    max_step_tokens: int = 2048
+    headroom_bytes: int = 0  # kept free for the driver, libraries, the allocator's slack
+    decode_graphs: int | None = 0  # decode steps captured as graphs; None: compiled programs of unknown size
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """One accelerator, as `detect` found it.
 
@@ -64,6 +77,7 @@ class Device:
     notes: str = ""  # one line a person wants to read: cores allowed, driver, ...
     uuid: str = ""  # what the vendor's own tools call this one card
     state: Literal["ok", "busy", "broken"] = "ok"  # busy and broken are never chosen unasked; notes say why
+    offer: Offer = field(default_factory=Offer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,21 @@
-"""From an EngineConfig to a loaded backend with a KV cache: load, size the cache, allocate, warm up."""
+"""From an EngineConfig to a loaded backend with a KV cache: estimate, load, size the cache, allocate, warm up."""
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
-from ..backend.errors import ConfigError, OutOfMemory
+from ..backend.errors import ConfigError, OutOfMemory, UnsupportedModel
 from ..backend.plugins import Backend, open_backend
-from ..backend.records import SAMPLING_FEATURES, Capabilities, KVLayout, LoadOptions
+from ..backend.records import SAMPLING_FEATURES, Capabilities, Device, KVLayout, LoadOptions
 from ..config import EngineConfig
+from ..memory import SIMULATED, MemoryPlan, MemoryRow, format_table, measured_rows
 from ..messages import EngineInfo
+from ..weight_files import Weights, read_weights
 from .shapes import ShapeTable
+
+log = logging.getLogger("tokenplane.engine")
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,45 @@ def start_backend(config: EngineConfig) -> Started:
         BackendError, ConfigError: with the sentence the user should read. The process is to end.
     """
     start_s = time.monotonic()
+    plan = plan_memory(config, config.device) if config.device else None
+    if plan is not None:
+        for line in format_table(plan.rows()):
+            log.info("%s", line)
+        plan.refuse_the_impossible()
     backend = open_backend(config.backend)
-    options = LoadOptions(
+    capabilities = backend.load(config.model, _load_options(config))
+    layout = size_cache(capabilities, config)
+    backend.kv_alloc(layout)
+    backend.warmup()
+    plan = plan or plan_memory(config, capabilities.device)
+    memory = measured_rows(plan, capabilities, layout) if plan else []
+    info = _info(config, capabilities, layout, memory, time.monotonic() - start_s)
+    return Started(backend, capabilities, layout, info)
+
+
+def plan_memory(config: EngineConfig, device: Device) -> MemoryPlan | None:
+    """The estimate for this model on this device; None if the size of the weights cannot be known.
+
+    Then the plugin decides: it may read files that the core does not.
+    """
+    weights = Weights(0, 0, "")
+    if device.kind != SIMULATED:
+        try:
+            weights = read_weights(config.model)
+        except (ConfigError, UnsupportedModel) as error:
+            log.info("No estimate of the memory: %s", error)
+            return None
+    required_tokens = config.kv_cache_tokens or config.required_tokens or 1
+    return MemoryPlan(config.model, weights, device, _load_options(config), required_tokens, config.kv_cache_tokens)
+
+
+def _load_options(config: EngineConfig) -> LoadOptions:
+    return LoadOptions(
         device_index=config.device_index,
         num_threads=config.num_threads,
         max_step_tokens=config.max_step_tokens,
         max_sequences=config.max_sequences,
     )
-    capabilities = backend.load(config.model, options)
-    layout = size_cache(capabilities, config)
-    backend.kv_alloc(layout)
-    backend.warmup()
-    return Started(backend, capabilities, layout, _info(config, capabilities, layout, time.monotonic() - start_s))
 
 
 def size_cache(capabilities: Capabilities, config: EngineConfig) -> KVLayout:
@@ -85,7 +117,9 @@ def size_cache(capabilities: Capabilities, config: EngineConfig) -> KVLayout:
     )
 
 
-def _info(config: EngineConfig, caps: Capabilities, layout: KVLayout, load_s: float) -> EngineInfo:
+def _info(
+    config: EngineConfig, caps: Capabilities, layout: KVLayout, memory: list[MemoryRow], load_s: float
+) -> EngineInfo:
     limits, sampling = caps.limits, caps.sampling
     shapes = ShapeTable(caps.shapes, limits)
     unlimited = sampling.returns_logits  # the host samples what the device cannot
@@ -118,4 +152,5 @@ def _info(config: EngineConfig, caps: Capabilities, layout: KVLayout, load_s: fl
         load_s=load_s,
         max_request_tokens=min(limits.max_model_tokens, (layout.num_blocks - 1) * layout.block_tokens),
         max_prompt_tokens=shapes.longest_prompt(limits.chunk_tokens > 0, limits.max_model_tokens),
+        memory=memory,
     )

@@ -94,9 +94,10 @@ def _last_logits(weights: dict[str, F64], token_ids: I64) -> F64:
         v = (h @ w["self_attn.v_proj.weight"].T).reshape(t, kv_heads, head)
         q, k = (y * cos + np.concatenate([-y[..., head // 2 :], y[..., : head // 2]], -1) * sin for y in (q, k))
         k, v = k.repeat(heads // kv_heads, 1), v.repeat(heads // kv_heads, 1)
-        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(head) + hidden_keys
+        scores = q.transpose(1, 0, 2) @ k.transpose(1, 2, 0) / np.sqrt(head) + hidden_keys
         scores = np.exp(scores - scores.max(-1, keepdims=True))
-        attended = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v).reshape(t, heads * head)
+        attended = (scores / scores.sum(-1, keepdims=True)) @ v.transpose(1, 0, 2)
+        attended = attended.transpose(1, 0, 2).reshape(t, heads * head)
         x = x + attended @ w["self_attn.o_proj.weight"].T
         h = _norm(x)
         gate = h @ w["mlp.gate_proj.weight"].T

@@ -50,6 +50,7 @@ def capabilities_are_honest(subject: Subject) -> None:
     engine = subject.engine()
     caps = engine.capabilities
     _consistent(caps)
+    _names_itself(subject, caps)
     vocab, longest = subject.model.vocab_size, caps.limits.max_model_tokens
     full = engine.generate(subject.prompts(engine.engine.layout.num_slots, longest=8), 4)
     assert all(len(text) == 4 for text in full), "a batch of max_sequences rows lost tokens"
@@ -73,3 +74,14 @@ def _consistent(caps: Capabilities) -> None:
     if shapes.mode == "hard":
         rows = max((b.rows for b in shapes.buckets if b.phase == "decode"), default=0)
         assert rows >= limits.max_sequences, f"max_sequences is {limits.max_sequences}, the widest decode bucket {rows}"
+
+
+def _names_itself(subject: Subject, caps: Capabilities) -> None:
+    contract = getattr(subject.make_plugin(), "contract", "")
+    assert caps.contract == contract, f"the class declares contract {contract}, load() says {caps.contract}"
+    assert caps.dtype in caps.device.dtypes, f"computes in {caps.dtype}, the device in {', '.join(caps.device.dtypes)}"
+    point = installed().get(subject.name)
+    if point is not None:
+        assert caps.backend == subject.name, f"installed as {subject.name}, load() says {caps.backend}"
+        version = point.dist.version if point.dist else caps.version
+        assert caps.version == version, f"version {version} is installed, load() says {caps.version}"

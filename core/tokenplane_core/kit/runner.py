@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..backend.plugins import Backend
-from ..backend.records import Capabilities, LoadOptions, ModelSpec
+from ..backend.records import Bucket, Capabilities, Limits, LoadOptions, ModelSpec, ShapePolicy
 from ..config import EngineConfig
 from ..engine.engine import Engine
+from ..engine.scheduler import Plan
+from ..engine.shapes import Extent, Phase, ShapeTable
 from ..engine.startup import size_cache
 from ..messages import Cancel, SamplingParams, Submit, ToEngine, TokenEvent
 
@@ -31,7 +33,8 @@ class LocalEngine:
     """A backend, an engine over it, and the requests of one imaginary client.
 
     `shuffle_seed` hands blocks out in random order, so that a backend that only works when a sequence's blocks lie
-    side by side is found out.
+    side by side is found out. `reshuffle` does so anew for each step, so that no sequence gets an old block back by
+    habit of the pool.
     """
 
     def __init__(
@@ -45,17 +48,19 @@ class LocalEngine:
         prefix_cache: bool = True,
         async_depth: int | None = None,
         shuffle_seed: int | None = 0,
+        reshuffle: bool = False,
         adjust: Callable[[Capabilities], Capabilities] = lambda capabilities: capabilities,
     ) -> None:
         self.backend = Backend(name, make_plugin())
-        loaded = self.backend.load(model, LoadOptions(max_step_tokens=max_step_tokens, max_sequences=max_sequences))
+        options = LoadOptions(max_step_tokens=max_step_tokens, max_sequences=max_sequences)
+        loaded = self.declared = self.backend.load(model, options)
         if async_depth is not None:
             loaded = replace(loaded, async_depth=min(async_depth, loaded.async_depth))
         self.capabilities = adjust(loaded)
         config = EngineConfig(model=model, backend=name, max_sequences=max_sequences, kv_cache_tokens=kv_cache_tokens)
         layout = size_cache(self.capabilities, config)
         self.backend.kv_alloc(layout)
-        self.backend.warmup()
+        self.num_warmed_up = self.backend.warmup()
         self._inbox: deque[ToEngine] = deque()
         self.outcomes: dict[str, Outcome] = {}
         self.now_s = 0.0
@@ -69,9 +74,12 @@ class LocalEngine:
             prefix_cache,
             clock=lambda: self.now_s,
         )
+        self._rng = random.Random(shuffle_seed)
+        self._reshuffle = reshuffle
         if shuffle_seed is not None:
-            self.engine.pool.shuffle(random.Random(shuffle_seed))
+            self.engine.pool.shuffle(self._rng)
         self._num_requests = 0
+        self.num_sampled_behind = 0  # batches that put_unsampled_rows_first has really brought about
 
     def submit(
         self,
@@ -103,6 +111,8 @@ class LocalEngine:
     def step(self) -> None:
         """One engine step; asserts the engine's invariants after it."""
         self.now_s += 0.01
+        if self._reshuffle:
+            self.engine.pool.shuffle(self._rng)
         self.engine.step()
         self.engine.check()
 
@@ -128,6 +138,25 @@ class LocalEngine:
             assert not self.outcomes[request_id].error, self.outcomes[request_id].error
         return [self.outcomes[request_id].token_ids for request_id in ids]
 
+    def prefer(self, bucket: Bucket) -> None:
+        """From now on, run what `bucket` holds in it, though a smaller one would do: the text must not care."""
+        self.engine.scheduler.shapes = _PreferringTable(self.capabilities.shapes, self.capabilities.limits, bucket)
+
+    def put_unsampled_rows_first(self) -> None:
+        """From now on, prompt rows that sample stand behind those that do not. Decode rows stay in front."""
+        schedule = self.engine.scheduler.schedule
+
+        def reordered(can_preempt: bool) -> Plan | None:
+            plan = schedule(can_preempt)
+            if plan is not None and plan.phase == "prefill":
+                num_decoding = len(plan.rows) - plan.extent.prompts
+                plan.rows[num_decoding:] = sorted(plan.rows[num_decoding:], key=lambda row: row.sample)
+                samples = [row.sample for row in plan.rows[num_decoding:]]
+                self.num_sampled_behind += any(samples) and not samples[0]
+            return plan
+
+        self.engine.scheduler.schedule = reordered  # type: ignore[method-assign]
+
     def close(self) -> None:
         self.backend.close()
 
@@ -145,3 +174,14 @@ class LocalEngine:
             outcome.num_cached_tokens = max(outcome.num_cached_tokens, event.num_cached_tokens)
             if event.finish_reason is not None:
                 outcome.finish_reason, outcome.error = event.finish_reason, event.error
+
+
+class _PreferringTable(ShapeTable):
+    """Prefers one bucket to all others that hold a batch."""
+
+    def __init__(self, policy: ShapePolicy, limits: Limits, bucket: Bucket) -> None:
+        super().__init__(policy, limits)
+        self._alone = ShapeTable(replace(policy, buckets=(bucket,)), limits)
+
+    def bucket(self, phase: Phase, extent: Extent) -> Bucket | None:
+        return self._alone.bucket(phase, extent) or super().bucket(phase, extent)

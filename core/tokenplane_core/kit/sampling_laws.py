@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +99,98 @@ def sampler_keeps_the_law(subject: Subject) -> None:
             for name, ours, theirs in zip(_CASE_ROWS, got, expected, strict=True):
                 _same_samples(f"{name}{circumstance}{again}", ours, theirs)
         device.close()
+
+
+@law
+def declared_features_act(subject: Subject) -> None:
+    """Every sampling feature the device declares has an effect, seen from the texts alone."""
+    engine = subject.engine(prefix_cache=False)
+    features = engine.capabilities.sampling.features
+    if not features:
+        raise NotApplicable("sampling.features is empty: the core samples on the host")
+    prompts = subject.prompts(3, seed=15, longest=24)
+    for feature in sorted(features):
+        _EFFECTS[feature](engine, prompts)
+    engine.close()
+
+
+_HOT = SamplingParams(temperature=5.0)  # so flat that two seeds hardly ever draw the same text
+_NUM_TOKENS = 8
+
+
+def _texts(engine: LocalEngine, prompts: list[list[int]], params: SamplingParams, **changes: Any) -> list[list[int]]:
+    return engine.generate(prompts, _NUM_TOKENS, msgspec.structs.replace(params, **changes))
+
+
+def _temperature_acts(engine: LocalEngine, prompts: list[list[int]]) -> None:
+    first, second = (_texts(engine, prompts, _HOT, seed=seed) for seed in (1, 2))
+    assert first != second, "temperature 5: two seeds drew the same text"
+
+
+def _keeps_only_the_best(feature: str, value: float) -> Callable[[LocalEngine, list[list[int]]], None]:
+    def check(engine: LocalEngine, prompts: list[list[int]]) -> None:
+        got = _texts(engine, prompts, _HOT, **{feature: value})
+        same(got, _texts(engine, prompts, SamplingParams()), f"{feature} {value:g} leaves the best id only, but")
+
+    return check
+
+
+def _typical_p_acts(engine: LocalEngine, prompts: list[list[int]]) -> None:
+    first, second = (_texts(engine, prompts, _HOT, typical_p=1e-6, seed=seed) for seed in (1, 2))
+    same(first, second, "typical_p 1e-06 leaves one id, so the seed cannot matter, but")
+
+
+def _never_repeats(feature: str, of_prompt: bool) -> Callable[[LocalEngine, list[list[int]]], None]:
+    def check(engine: LocalEngine, prompts: list[list[int]]) -> None:
+        for prompt, text in zip(prompts, _texts(engine, prompts, SamplingParams(), **{feature: 1e3}), strict=True):
+            seen = set(prompt) if of_prompt else set()
+            for token in text:
+                assert token not in seen, f"{feature} 1000: {text} repeats {token}"
+                seen.add(token)
+
+    return check
+
+
+def _logit_bias_acts(engine: LocalEngine, prompts: list[list[int]]) -> None:
+    got = _texts(engine, prompts, SamplingParams(), logit_bias={7: 1e4})
+    same(got, [[7] * _NUM_TOKENS] * len(prompts), "a logit bias of 10,000 on id 7")
+
+
+def _logprobs_act(engine: LocalEngine, prompts: list[list[int]]) -> None:
+    for outcome in _outcomes(engine, prompts, SamplingParams(num_logprobs=2)):
+        best = [top[0][1] for top in outcome.top_logprobs if len(top) == 2]
+        assert len(best) == _NUM_TOKENS, f"num_logprobs 2: {outcome.top_logprobs}"
+        assert _close(outcome.logprobs, best) and max(best) <= 0, f"greedy logprobs {outcome.logprobs} are not {best}"
+
+
+def _processed_logprobs_act(engine: LocalEngine, prompts: list[list[int]]) -> None:
+    flat = SamplingParams(temperature=1e4, num_logprobs=1, processed_logprobs=True)
+    for outcome in _outcomes(engine, prompts, flat):
+        spread = [outcome.logprobs[i] - top[0][1] for i, top in enumerate(outcome.top_logprobs)]
+        assert len(spread) == _NUM_TOKENS and min(spread) > -0.1, (
+            f"temperature 10,000 draws all ids alike, processed_logprobs lie {spread} below the best"
+        )
+
+
+def _outcomes(engine: LocalEngine, prompts: list[list[int]], params: SamplingParams) -> list[Outcome]:
+    ids = [engine.submit(prompt, _NUM_TOKENS, params) for prompt in prompts]
+    engine.run()
+    return [engine.outcomes[i] for i in ids]
+
+
+_EFFECTS = {
+    "temperature": _temperature_acts,
+    "top_k": _keeps_only_the_best("top_k", 1),
+    "top_p": _keeps_only_the_best("top_p", 1e-6),
+    "min_p": _keeps_only_the_best("min_p", 1.0),
+    "typical_p": _typical_p_acts,
+    "repetition_penalty": _never_repeats("repetition_penalty", of_prompt=True),
+    "presence_penalty": _never_repeats("presence_penalty", of_prompt=False),
+    "frequency_penalty": _never_repeats("frequency_penalty", of_prompt=False),
+    "logit_bias": _logit_bias_acts,
+    "logprobs": _logprobs_act,
+    "processed_logprobs": _processed_logprobs_act,
+}
 
 
 def _without_sampler(caps: Capabilities) -> Capabilities:

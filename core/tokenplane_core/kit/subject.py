@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..backend.records import ModelSpec
+from ..backend.records import Capabilities, ModelSpec
 from ..messages import SamplingParams
 from .runner import LocalEngine
 
@@ -20,7 +20,7 @@ class NotApplicable(Exception):
     """The backend does not claim what this law is about; the message says which claim is missing."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Subject:
     """A backend under test: how to make its plugin object, and the model it runs."""
 
@@ -28,10 +28,13 @@ class Subject:
     make_plugin: Callable[[], object]
     model: ModelSpec
     reference: Callable[[list[int], int], list[int]] | None = None  # prompt, tokens -> the greedy text it must give
+    declared: Capabilities | None = None  # what load() last returned
 
     def engine(self, **options: Any) -> LocalEngine:
         """A freshly loaded engine; options as LocalEngine's."""
-        return LocalEngine(self.make_plugin, self.model, self.name, **options)
+        engine = LocalEngine(self.make_plugin, self.model, self.name, **options)
+        self.declared = engine.declared
+        return engine
 
     def prompts(self, count: int, seed: int = 0, longest: int = 96) -> list[list[int]]:
         """Random prompts of mixed length; the first has a single token."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tokenplane_core.backend.plugins import ask, load_plugin
 from tokenplane_core.kit.checkpoint import reference_greedy, write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
+from tokenplane_core.kit.report import declared_facts
 from tokenplane_core.kit.simulated import oracle
 from tokenplane_core.model import describe_model
 
@@ -41,6 +44,14 @@ def make_subject(backend_name: str, folder: Path | None, scratch: Path) -> Subje
     elif folder is None and dtype == "float32":
         reference = partial(reference_greedy, scratch)
     return Subject(backend_name, lambda: load_plugin(backend_name), model, reference)
+
+
+@pytest.fixture(autouse=True)
+def _note_declared(subject: Subject, record_property: Callable[[str, Any], None]) -> Iterator[None]:
+    """What load() declared goes into the report."""
+    yield
+    if subject.declared is not None:
+        record_property("tokenplane-declared", declared_facts(subject.declared))
 
 
 def test_law(subject: Subject, law_name: str) -> None:

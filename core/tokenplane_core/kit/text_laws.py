@@ -74,7 +74,7 @@ def prefix_hit_equals_recompute(subject: Subject) -> None:
     """Tokens found in the cache serve as well as tokens computed anew, from prompts and from generated text."""
     engine = subject.engine()
     if not engine.engine.pool.prefix_cache:
-        raise NotApplicable("slot-addressed KV cannot be shared")
+        raise NotApplicable('kv.kind is "slot": a line cannot be shared')
     size = engine.engine.layout.block_tokens
     if 2 * size + 16 > subject.model.max_model_tokens:
         raise NotApplicable(f"max_model_tokens holds no two blocks of {size}")
@@ -96,41 +96,82 @@ def preempted_equals_uninterrupted(subject: Subject) -> None:
     """Sequences thrown out for lack of blocks and recomputed go on as if nothing had happened."""
     probe = subject.engine()
     if probe.capabilities.kv.kind == "slot":
-        raise NotApplicable("slot-addressed KV never runs out of blocks")
+        raise NotApplicable('kv.kind is "slot": a line never runs out of blocks')
     size, longest = probe.engine.layout.block_tokens, subject.model.max_model_tokens
     probe.close()
-    # Three prompts of just under a block that each grow into their second: four blocks hold two of them.
-    prompts = [p[:1] * (size - 2) for p in subject.prompts(3, seed=3)]
-    num_tokens = min(12, longest - size)
+    # Prompts of just under a block that each grow into their second, in a cache of five: while some come back, others
+    # begin, and take the blocks that these had before.
+    rng = random.Random(3)
+    prompts = [[i] * max(1, size - rng.randint(1, 8)) for i in range(3, 13)]
+    wanted = [min(rng.randint(4, 20), longest - size) for _ in prompts]
     # Among a few ids the counts decide: a resumed sequence must still know which of its tokens it generated.
     counting = SamplingParams(frequency_penalty=1.0, logit_bias=dict.fromkeys(range(3, 8), 1000.0))
     for name, sampling in (("", None), (" with penalties", counting)):
-        engine = subject.engine(kv_cache_tokens=4 * size)
-        got = engine.generate(prompts, num_tokens, sampling)
+        # Without the prefix index a resumed sequence finds nothing of what it had, with it nearly all.
+        engine = subject.engine(kv_cache_tokens=5 * size, prefix_cache=sampling is not None, reshuffle=True)
+        ids = [engine.submit(prompt, n, sampling) for prompt, n in zip(prompts, wanted, strict=True)]
+        engine.run()
         assert engine.engine.stats.requests_preempted > 0, "nothing was preempted: the law has lost its subject"
-        same(got, singly(subject, prompts, num_tokens, sampling), f"after preemption{name}")
+        whole = singly(subject, prompts, max(wanted), sampling)
+        expected = [text[:n] for text, n in zip(whole, wanted, strict=True)]
+        same([engine.outcomes[i].token_ids for i in ids], expected, f"after preemption{name}")
         engine.close()
 
 
 @law
+def sampled_rows_behind_unsampled(subject: Subject) -> None:
+    """A prompt that ends in this step samples its own row, also where a prompt that goes on stands before it."""
+    for max_step_tokens in (48, None):
+        engine = subject.engine(max_step_tokens=max_step_tokens)
+        limits = engine.capabilities.limits
+        if limits.chunk_tokens == 0:
+            raise NotApplicable("limits.chunk_tokens is 0: every prompt row samples")
+        if limits.max_prefill_rows == 1:
+            raise NotApplicable("limits.max_prefill_rows is 1: no prompt stands behind another")
+        engine.put_unsampled_rows_first()
+        longest = min(2 * limits.max_step_tokens, subject.model.max_model_tokens - 12)
+        prompts = subject.prompts(6, seed=13, longest=12)
+        prompts[1::2] = [(prompt * longest)[:longest] for prompt in prompts[1::2]]
+        got = engine.generate(prompts, 8)
+        engine.close()
+        if engine.num_sampled_behind:
+            same(got, singly(subject, prompts, 8), "behind rows that do not sample")
+            return
+    raise NotApplicable("no step holds both the end of a prompt and a piece of another")
+
+
+@law
 def padding_changes_nothing(subject: Subject) -> None:
-    """Batches of every size up to 9 give what single rows give, whatever bucket they are padded to."""
+    """Batches of every size up to 9 give what single rows give, and so do two rows in any bucket that holds them."""
     engine = subject.engine(prefix_cache=False)
-    if not engine.capabilities.shapes.buckets:
-        raise NotApplicable("no buckets: nothing is ever padded")
+    buckets = engine.capabilities.shapes.buckets
+    if not buckets:
+        raise NotApplicable("shapes.buckets is empty: nothing is ever padded")
     prompts = subject.prompts(9, seed=4)
     singles = singly(subject, prompts, 5)
     for count in range(2, 10):
         same(engine.generate(prompts[:count], 5), singles[:count], f"in a batch of {count}")
+    short = subject.prompts(2, seed=14, longest=10)
+    expected = singly(subject, short, 3)
+    for bucket in buckets:
+        engine.prefer(bucket)
+        same(engine.generate(short, 3), expected, f"padded to {bucket}")
     engine.close()
 
 
 @law
 def slot_reuse_leaks_nothing(subject: Subject) -> None:
-    """A sequence does not notice who had its slot and its blocks before."""
+    """A sequence does not notice who had its slot and its blocks before, nor who has them now."""
     prompts = subject.prompts(6, seed=5)
     engine = subject.engine(max_sequences=1, prefix_cache=False)
     same([engine.generate([p], 6)[0] for p in prompts], singly(subject, prompts, 6), "in a used slot")
+    engine.close()
+    # Longer and longer ones, two at a time: what an earlier owner left behind now belongs to the neighbour.
+    size, most = engine.engine.layout.block_tokens, subject.model.max_model_tokens // 2
+    lengths = [min(length, most) for length in (3, 5, size, size + 2, 2 * size, 2 * size + 3, 2 * size + 5)]
+    growing = [[(i + length) % subject.model.vocab_size for i in range(length)] for length in lengths]
+    engine = subject.engine(max_sequences=2, kv_cache_tokens=6 * size, prefix_cache=False, reshuffle=True)
+    same(engine.generate(growing, 6), singly(subject, growing, 6), "in a used slot beside another")
     engine.close()
 
 
@@ -167,15 +208,22 @@ def async_depth_changes_nothing(subject: Subject) -> None:
 
 @law
 def no_compile_after_warmup(subject: Subject) -> None:
-    """A device of compiled shapes compiles nothing while it serves."""
+    """A device of compiled shapes has compiled them all before it serves, and compiles nothing in any of them."""
     engine = subject.engine()
-    if engine.capabilities.shapes.mode != "hard":
-        raise NotApplicable("shapes are not hard")
+    shapes = engine.capabilities.shapes
+    if shapes.mode != "hard":
+        raise NotApplicable(f'shapes.mode is "{shapes.mode}", not "hard"')
+    assert engine.num_warmed_up >= len(shapes.buckets), (
+        f"warmup() compiled {engine.num_warmed_up} shapes, declared are {len(shapes.buckets)}"
+    )
     for seed in range(3):
         engine.generate(subject.prompts(4 + 3 * seed, seed=seed), 4)
-    assert engine.engine.stats.compiled_shapes == 0, (
-        f"{engine.engine.stats.compiled_shapes} shapes compiled while serving"
-    )
+    one = [[1]]  # small enough for every bucket
+    for bucket in shapes.buckets:
+        assert engine.engine.stats.compiled_shapes == 0, "a shape was compiled while serving"
+        engine.prefer(bucket)
+        engine.generate(one, 2)
+        assert engine.engine.stats.compiled_shapes == 0, f"{bucket} was compiled while serving"
     engine.close()
 
 

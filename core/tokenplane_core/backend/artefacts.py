@@ -1,4 +1,4 @@
-"""A cache of compiled graphs on disk. Knows neither the compiler nor the device.
+"""A cache of compiled graphs on disk, for backends whose compiler takes minutes. Knows neither compiler nor device.
 
 An entry is a folder named after the facts it was compiled from. It appears whole or not at all (written beside its
 place, then renamed), and is checked whenever it is opened: its files run on the device, so nothing that differs from
@@ -15,23 +15,23 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tokenplane_core.backend.errors import BackendError
+from .errors import BackendError
 
 MANIFEST = "tokenplane.json"
 Facts = Mapping[str, str | int | list[int]]
 
 
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """$TOKENPLANE_CACHE/neuron, else tokenplane/neuron below $XDG_CACHE_HOME or ~/.cache."""
+def cache_folder(backend: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """$TOKENPLANE_CACHE/BACKEND, else tokenplane/BACKEND below $XDG_CACHE_HOME or ~/.cache."""
     if own := environ.get("TOKENPLANE_CACHE"):
-        return Path(own) / "neuron"
+        return Path(own) / backend
     shared = environ.get("XDG_CACHE_HOME", "")
     # A relative path is to be ignored, says the XDG base directory specification.
-    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "tokenplane" / "neuron"
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "tokenplane" / backend
 
 
-def artefact(root: Path, facts: Facts, build: Callable[[Path], None]) -> Path:
-    """The checked folder with the artefact of these facts; `build` fills a new one if there is none.
+def artefact(root: Path, name: str, facts: Facts, build: Callable[[Path], None]) -> Path:
+    """The checked folder with the artefact of these facts, called after `name` and them; `build` fills a new one.
 
     Whatever `build` raises goes through, and leaves nothing behind. If another process was quicker, its folder stands.
 
@@ -39,7 +39,7 @@ def artefact(root: Path, facts: Facts, build: Callable[[Path], None]) -> Path:
         BackendError: the entry cannot be trusted, or the cache cannot be written; names the folder and the reason.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    folder = root / f"{facts['model_type']}-{digest[:20]}"
+    folder = root / f"{name}-{digest[:20]}"
     if not folder.exists():
         _make(folder, facts, build)
     if why := _flaw(folder, facts):

@@ -1,0 +1,3 @@
+"""Tokenplane on NVIDIA GPUs."""
+
+__version__ = "0.1.0"

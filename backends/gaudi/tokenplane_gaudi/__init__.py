@@ -1,0 +1,3 @@
+"""Tokenplane on Intel Gaudi."""
+
+__version__ = "0.1.0"

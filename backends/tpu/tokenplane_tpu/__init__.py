@@ -1,0 +1,3 @@
+"""Tokenplane on Google TPUs."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+"""Tokenplane on Acme cards."""
+
+__version__ = "0.2.0"
