@@ -52,7 +52,7 @@ bench: $(VENV)/.installed-dev
 dist: $(VENV)/.installed-dev
 	rm -rf dist
 	for package in . $(ALL_PACKAGES); do $(BIN)/python -m build --wheel --outdir dist $$package || exit 1; done
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m package_index tests/packaging/test_wheels.py
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m package_index tests/packaging
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -187,6 +187,15 @@ def serve(
             low=1,
         ),
     ] = None,
+    ready_timeout: Annotated[
+        int,
+        _option(
+            "TOKENPLANE_READY_TIMEOUT",
+            _ENGINE,
+            "Seconds that loading, compiling and warming up may take; compilers of some devices take many minutes.",
+            low=1,
+        ),
+    ] = 600,
     prefix_caching: Annotated[
         bool,
         _option(
@@ -273,6 +282,7 @@ def serve(
         max_sequences=max_batch_size,
         kv_cache_tokens=max_batch_total_tokens,
         prefix_cache=prefix_caching,
+        ready_timeout_s=ready_timeout,
         hostname=_usable_hostname(hostname, _is_from_environment(context, "hostname")),
         port=port,
         grace_s=graceful_termination_timeout,

@@ -59,6 +59,7 @@ class ServeOptions:
     max_sequences: int | None = None
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
+    ready_timeout_s: int = 600
     hostname: str = "0.0.0.0"
     port: int = 3000
     grace_s: int = 90
@@ -115,6 +116,7 @@ def serve(options: ServeOptions, make_settings: Callable[[str | None], Settings]
             kv_cache_tokens=options.kv_cache_tokens,
             required_tokens=settings.max_total_tokens,
             prefix_cache=options.prefix_cache,
+            ready_timeout_s=options.ready_timeout_s,
         )
         app = create_app(EngineClient(config, settings.max_concurrent_requests), tokenizer, template, settings)
         _run(app, listener, options.grace_s)

@@ -284,7 +284,9 @@ class EngineClient:
                 await asyncio.wait([self._ready, wire.lost], return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             limit_s = self.config.ready_timeout_s
-            raise EngineFailed(f"the engine was not ready after {limit_s:g} s; see its log above") from None
+            raise EngineFailed(
+                f"the engine was not ready after {limit_s:g} s (--ready-timeout); see its log above"
+            ) from None
         if not self._ready.done():
             status = await self._process.wait()
             raise EngineFailed(f"the engine process ended with status {status} while starting; see its log above")

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = (".", "core", "api", "backends/torch", "backends/cpu")
+DISTRIBUTIONS = [
+    ".",
+    "core",
+    "api",
+    *sorted(f"backends/{path.parent.name}" for path in ROOT.glob("backends/*/pyproject.toml")),
+]
 
 
 # Needs a package index for torch and the rest, so it is no part of `make test`: `make dist` runs it on what it built.

@@ -13,7 +13,7 @@ from .subject import LAWS, Law, NotApplicable, Subject, law
 
 __all__ = ["LAWS", "Law", "NotApplicable", "Subject", "sampling_laws", "text_laws"]
 
-VENDOR_LIBRARIES = ("torch", "transformers", "jax", "torch_xla", "habana_frameworks", "torch_neuronx", "triton")
+VENDOR_LIBRARIES = ("torch", "transformers", "jax", "torch_xla", "habana_frameworks", "optimum", "triton")
 
 
 @law

@@ -47,12 +47,13 @@ class LocalEngine:
         kv_cache_tokens: int | None = None,
         prefix_cache: bool = True,
         async_depth: int | None = None,
+        device_index: int = 0,
         shuffle_seed: int | None = 0,
         reshuffle: bool = False,
         adjust: Callable[[Capabilities], Capabilities] = lambda capabilities: capabilities,
     ) -> None:
         self.backend = Backend(name, make_plugin())
-        options = LoadOptions(max_step_tokens=max_step_tokens, max_sequences=max_sequences)
+        options = LoadOptions(device_index=device_index, max_step_tokens=max_step_tokens, max_sequences=max_sequences)
         loaded = self.declared = self.backend.load(model, options)
         if async_depth is not None:
             loaded = replace(loaded, async_depth=min(async_depth, loaded.async_depth))

@@ -28,11 +28,12 @@ class Subject:
     make_plugin: Callable[[], object]
     model: ModelSpec
     reference: Callable[[list[int], int], list[int]] | None = None  # prompt, tokens -> the greedy text it must give
+    device_index: int = 0
     declared: Capabilities | None = None  # what load() last returned
 
     def engine(self, **options: Any) -> LocalEngine:
         """A freshly loaded engine; options as LocalEngine's."""
-        engine = LocalEngine(self.make_plugin, self.model, self.name, **options)
+        engine = LocalEngine(self.make_plugin, self.model, self.name, device_index=self.device_index, **options)
         self.declared = engine.declared
         return engine
 

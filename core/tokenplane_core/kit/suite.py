@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tokenplane_core.backend.choice import choose_device
 from tokenplane_core.backend.plugins import ask, load_plugin
 from tokenplane_core.kit.checkpoint import reference_greedy, write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
@@ -35,7 +36,7 @@ def make_subject(backend_name: str, folder: Path | None, scratch: Path) -> Subje
     """
     answer = ask(backend_name)
     assert answer.report.status == "found", f"{backend_name} is {answer.report.status}: {answer.report.reason}"
-    device = answer.report.devices[0]
+    device, _ = choose_device(answer)
     dtype = "float32" if "float32" in device.dtypes else device.dtypes[0]
     model = describe_model(folder or write_tiny_llama(scratch), dtype=dtype)
     reference = None
@@ -43,7 +44,7 @@ def make_subject(backend_name: str, folder: Path | None, scratch: Path) -> Subje
         reference = partial(oracle, vocab_size=model.vocab_size)
     elif folder is None and dtype == "float32":
         reference = partial(reference_greedy, scratch)
-    return Subject(backend_name, lambda: load_plugin(backend_name), model, reference)
+    return Subject(backend_name, lambda: load_plugin(backend_name), model, reference, device.index)
 
 
 @pytest.fixture(autouse=True)
