@@ -10,59 +10,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from tokenplane_core.backend.errors import UnsupportedModel
-from tokenplane_core.backend.hookspecs import hookimpl
-from tokenplane_core.backend.records import Capabilities, DetectReport, Device, LoadOptions
+from tokenplane_core.backend.errors import ConfigError, UnsupportedModel
+from tokenplane_core.backend.records import Capabilities, LoadOptions
 from tokenplane_core.kit.checkpoint import reference_greedy, write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
 from tokenplane_core.kit.runner import LocalEngine
 from tokenplane_core.model import describe_model
-from tokenplane_torch.backend import TorchBackend
 from tokenplane_torch.choice import Candidate, Unavailable, choose
-from tokenplane_torch.device import TorchDevice
 from tokenplane_torch.fixed_kernels import FixedKernels
-from tokenplane_torch.gpu import GpuDevice, decode_sizes
+from tokenplane_torch.gpu import decode_sizes
 from tokenplane_torch.kernels import LayerNeed, TorchKernels
 from tokenplane_torch.kv_cache import LayerShape
 from tokenplane_torch.startup import GRAPH_BYTES
 from tokenplane_torch.testing.device import PlainDevice
-from tokenplane_torch.testing.graphs import HostGpu
+from tokenplane_torch.testing.graphs import HostGpuBackend, pinned_memory_is_memory
 
 
 def candidate(name: str, make: Callable[..., Any]) -> Candidate:
     return Candidate(name, lambda needs, device: make())
 
 
-class HostGpuDevice(GpuDevice):
-    """A GpuDevice whose card is the host."""
-
-    default_step_tokens = 256
-    default_sequences = 16
-
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
-        self.api = HostGpu()
-        self._device = torch.device("cpu")
-        self._candidates = candidates
-
-    def upload(self, array: Any) -> Tensor:
-        return torch.from_numpy(array).clone()
-
-
-class HostGpuBackend(TorchBackend):
-    name, version = "host-gpu", "0"
-
-    def __init__(self, candidates: Sequence[Candidate] = (candidate("fixed", FixedKernels),)) -> None:
-        super().__init__()
-        self._candidates = candidates
-
-    @hookimpl
-    def detect(self) -> DetectReport:
-        return DetectReport("found", (Device("cuda", 0, "host", "any", 8 << 30, ("float32",), 0),))
-
-    def open_device(self, device: Device, options: LoadOptions) -> TorchDevice:
-        return HostGpuDevice(self._candidates)
+FixedBackend = partial(HostGpuBackend, [candidate("fixed", FixedKernels)])
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +42,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def pinned_memory_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is nothing to pin without a card."""
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.clone())
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+def _pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned_memory_is_memory(monkeypatch)
 
 
 @pytest.mark.parametrize("law_name", LAWS)
 def test_captured_steps_keep_the_law(law_name: str, folder: Path) -> None:
     subject = Subject(
-        "host-gpu", HostGpuBackend, describe_model(folder, dtype="float32"), partial(reference_greedy, folder)
+        "host-gpu", FixedBackend, describe_model(folder, dtype="float32"), partial(reference_greedy, folder)
     )
     try:
         LAWS[law_name](subject)
@@ -97,7 +63,7 @@ def load(folder: Path, candidates: Sequence[Candidate]) -> tuple[HostGpuBackend,
 
 
 def test_every_decode_size_is_captured_before_serving(folder: Path) -> None:
-    engine = LocalEngine(HostGpuBackend, describe_model(folder, dtype="float32"))
+    engine = LocalEngine(FixedBackend, describe_model(folder, dtype="float32"))
     engine.generate([[1, 2, 3], [4, 5]], 6)
     assert [bucket.rows for bucket in engine.capabilities.shapes.buckets] == decode_sizes(16) == [1, 2, 4, 8, 16]
     assert engine.engine.stats.compiled_shapes == 0
@@ -176,6 +142,18 @@ def test_every_reason_is_told() -> None:
     assert "not absent: not installed" in text and "libacme.so: cannot open" in text
     with pytest.raises(UnsupportedModel, match=r"absent: not installed; broken: failed on a trial batch: OSError"):
         choose([Candidate("absent", missing), Candidate("broken", broken)], NEEDS, PlainDevice())
+
+
+def test_one_candidate_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = [candidate("first", FixedKernels), candidate("second", FixedKernels), Candidate("absent", missing)]
+    monkeypatch.setenv("TOKENPLANE_ATTENTION", "second")
+    assert "not first" not in choose(candidates, NEEDS, PlainDevice()).describe()["attention"]
+    monkeypatch.setenv("TOKENPLANE_ATTENTION", "absent")
+    with pytest.raises(UnsupportedModel, match="absent: not installed"):
+        choose(candidates, NEEDS, PlainDevice())
+    monkeypatch.setenv("TOKENPLANE_ATTENTION", "third")
+    with pytest.raises(ConfigError, match="'third'; known here are first, second, absent"):
+        choose(candidates, NEEDS, PlainDevice())
 
 
 def test_decode_sizes_end_with_the_limit() -> None:

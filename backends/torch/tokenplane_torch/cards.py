@@ -16,6 +16,8 @@ import torch
 from tokenplane_core.backend.errors import BackendUnavailable
 from tokenplane_core.backend.records import Device
 
+from .choice import Unavailable
+from .composed import triton_kernels
 from .gpu import GpuDevice
 from .sampler import FastDraw
 
@@ -35,7 +37,7 @@ def require_torch(backend: str, platform: str, build: str | None, api: Any) -> N
     if not api.is_available():
         raise BackendUnavailable(
             f"{backend}: torch {torch.__version__} is built for {platform} {build}, but finds no device that it can"
-            f" use; python -c 'import torch; torch.{api.__name__.rpartition(".")[2]}.init()' says what it misses"
+            f" use; python -c 'import torch; {api.__name__}.init()' says what it misses"
         )
 
 
@@ -86,18 +88,25 @@ def only_visible(variable: str, uuid: str) -> Iterator[None]:
 
 
 class Card(GpuDevice):
-    """A GPU for which Triton, where it is installed, brings a sampling kernel and fused layers."""
+    """A GPU for which Triton, where it drives it, brings a sampling kernel and fused layers."""
 
     def fast_draw(self) -> FastDraw | None:
-        try:
-            from .triton.sampling import draw
-        except ImportError:
+        if self._triton_problem():
             return None
+        from .triton.sampling import draw
+
         return draw
 
     def fuse(self, module: torch.nn.Module) -> Mapping[str, str]:
+        if problem := self._triton_problem():
+            return {"fusions": f"none: {problem}"}
+        from .triton.fusions import fuse
+
+        return fuse(module)
+
+    def _triton_problem(self) -> str:
         try:
-            from .triton import fusions
-        except ImportError as error:
-            return {"fusions": f"none: {error}"}
-        return fusions.fuse(module)
+            triton_kernels(self)
+        except Unavailable as reason:
+            return str(reason)
+        return ""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface, PreTrainedModel
 
-from tokenplane_core.backend.errors import OutOfMemory, UnsupportedModel
+from tokenplane_core.backend.errors import ConfigError, OutOfMemory, UnsupportedModel
 from tokenplane_core.backend.records import ModelSpec
 
 from . import attention
@@ -46,6 +46,8 @@ def check_model(
             needs = observe(module, model)
             kernels = device.kernels(needs)
             compare(module, model, [need.shape for need in needs], device, kernels)
+    except ConfigError:
+        raise  # not about the model
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemory(f"{model.model_id}: no memory left to run it: {first_line(error)}") from error
@@ -217,14 +219,16 @@ def compare(
             device.upload,
         )
         logits = _forward(module, plan.token_ids.long(), plan.positions, PagedStep(plan, layers, kernels))
-        for sequence, part in enumerate(torch.split(logits, chunk.tolist())):
+        for sequence, part in enumerate(torch.split(logits.cpu(), chunk.tolist())):
             packed[sequence].append(part)
         context = context + chunk
     with _attention_of(module, "eager"):
         for token_ids, parts in zip(sequences, packed, strict=True):
-            ids = torch.from_numpy(token_ids).long().to(module.device)
-            alone = module(input_ids=ids[None], use_cache=False).logits[0]
-            _require_same(torch.cat(parts), alone)
+            # Zeros behind the end change nothing before it, and one shape for both is compiled once.
+            ids = np.zeros((1, max(map(len, sequences))), np.int64)
+            ids[0, : len(token_ids)] = token_ids
+            alone = module(input_ids=torch.from_numpy(ids).to(module.device), use_cache=False).logits[0]
+            _require_same(torch.cat(parts), alone.cpu()[: len(token_ids)])
 
 
 def _require_same(packed: Tensor, alone: Tensor) -> None:

@@ -7,6 +7,7 @@ device, against the torch twins. Why one was passed over is part of the descript
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenplane_core.backend.errors import UnsupportedModel
+from tokenplane_core.backend.errors import ConfigError, UnsupportedModel
 
 from .attention import AttentionRule
 from .device import TorchDevice
@@ -51,14 +52,19 @@ class Chosen:
         return own
 
 
+ONLY = "TOKENPLANE_ATTENTION"
+"""Environment variable that names the one candidate to try: for kernels that crash instead of failing."""
+
+
 def choose(candidates: Sequence[Candidate], needs: Sequence[LayerNeed], device: TorchDevice) -> AttentionKernels:
-    """The first candidate that serves all layers.
+    """The first candidate that serves all layers, or the one that `ONLY` names.
 
     Raises:
         UnsupportedModel: none does; names every reason.
+        ConfigError: `ONLY` names no candidate.
     """
     passed_over: dict[str, str] = {}
-    for candidate in candidates:
+    for candidate in _allowed(candidates, os.environ.get(ONLY)):
         try:
             kernels = candidate.make(needs, device)
             for need in dict.fromkeys(needs):
@@ -70,6 +76,15 @@ def choose(candidates: Sequence[Candidate], needs: Sequence[LayerNeed], device: 
             passed_over[candidate.name] = f"failed on a trial batch: {type(error).__name__}: {first_line(error)}"
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise UnsupportedModel(f"no attention kernels on this device serve its layers: {reasons}")
+
+
+def _allowed(candidates: Sequence[Candidate], only: str | None) -> Sequence[Candidate]:
+    if not only:
+        return candidates
+    named = [candidate for candidate in candidates if candidate.name == only]
+    if not named:
+        raise ConfigError(f"{ONLY} is {only!r}; known here are {', '.join(c.name for c in candidates)}")
+    return named
 
 
 # New tokens and cached tokens of each row. In units of a block where longer.

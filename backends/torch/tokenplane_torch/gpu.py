@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenplane_core.backend.records import Bucket, ShapePolicy
 
 from .choice import Candidate, choose
-from .device import TorchDevice
+from .device import TorchDevice, decode_sizes, gpu_offer
 from .executors import Program, StepExecutor
 from .kernels import AttentionKernels, LayerNeed
 from .padded import PaddedStep, StepShape
@@ -31,16 +31,16 @@ from .sampler import FastDraw, Sampler, TorchSampler
 class GpuDevice(TorchDevice):
     """One card. `kind` names the module of torch that drives it."""
 
-    default_sequences = 256
+    default_sequences = gpu_offer(0).max_sequences
     most_sequences = 4096
-    default_step_tokens = 8192
+    default_step_tokens = gpu_offer(0).max_step_tokens
     async_depth = 1
     tables_on_device = True
 
     def __init__(self, kind: Literal["cuda", "xpu"], index: int, candidates: Sequence[Candidate]) -> None:
         self.api: Any = getattr(torch, kind)
         self._device = torch.device(kind, index)
-        self._candidates = candidates
+        self.candidates = candidates
         self.api.set_device(index)
 
     @property
@@ -48,7 +48,7 @@ class GpuDevice(TorchDevice):
         return self._device
 
     def kernels(self, needs: Sequence[LayerNeed]) -> AttentionKernels:
-        return choose(self._candidates, needs, self)
+        return choose(self.candidates, needs, self)
 
     def sampler(self) -> Sampler:
         return TorchSampler(self, self.fast_draw())
@@ -76,8 +76,7 @@ class GpuDevice(TorchDevice):
         return int(self.api.mem_get_info(self._device)[1])
 
     def headroom_bytes(self) -> int:
-        """4 % of the card for the allocator's fragmentation and the libraries' own workspaces; at least 512 MiB."""
-        return max(512 << 20, self.total_bytes() // 25)
+        return gpu_offer(self.total_bytes()).headroom_bytes
 
     def peak_bytes(self) -> int | None:
         self.api.synchronize(self._device)
@@ -102,16 +101,6 @@ class GpuDevice(TorchDevice):
 
     def clock(self) -> StepClock:
         return GpuClock(self.api)
-
-
-def decode_sizes(sequences: int) -> list[int]:
-    """Batch sizes to capture: 1, 2, 4, then every 8th up to 64, every 16th up to 256, every 32nd beyond.
-
-    Padding then costs at most an eighth of a batch above 8 rows, and half of one below.
-    """
-    most = min(sequences, 1024)  # beyond, a step's launches no longer matter
-    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 32))
-    return [*(size for size in sizes if size < most), most]
 
 
 class GraphExecutor:

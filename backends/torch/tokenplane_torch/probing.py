@@ -58,6 +58,7 @@ class Serves:
     dim_multiple: int = 8
     unlike_dims: bool = False  # keys and values may differ in size
     block_multiple: int = 1
+    block_sizes: tuple[int, ...] = ()  # no others; (): any multiple
     windows: bool = True
     softcap: bool = True
     sinks: bool = False
@@ -69,6 +70,9 @@ class Serves:
         """
         if block_tokens % self.block_multiple:
             raise Unavailable(f"its blocks are multiples of {self.block_multiple} tokens, these have {block_tokens}")
+        if self.block_sizes and block_tokens not in self.block_sizes:
+            sizes = ", ".join(map(str, self.block_sizes))
+            raise Unavailable(f"its blocks have {sizes} tokens, these have {block_tokens}")
         for need in dict.fromkeys(needs):
             if reason := self._lacks(need):
                 raise Unavailable(reason)

@@ -7,13 +7,22 @@ records is refused as a driver refuses it. So what a captured step may not do fa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pytest
 import torch
+from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tokenplane_core.backend.hookspecs import hookimpl
+from tokenplane_core.backend.records import DetectReport, Device, LoadOptions
+
+from ..backend import TorchBackend
+from ..choice import Candidate
+from ..gpu import GpuDevice
 
 READS_VALUES = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "allclose", "unique"}
 
@@ -114,3 +123,43 @@ class HostGpu:
 
     def empty_cache(self) -> None:
         pass
+
+
+class HostGpuDevice(GpuDevice):
+    """A GpuDevice whose card is the host."""
+
+    default_step_tokens = 256
+    default_sequences = 16
+
+    def __init__(self, candidates: Sequence[Candidate] = (), block_tokens: int = 32) -> None:
+        self.api = HostGpu()
+        self.block_tokens = block_tokens
+        self._device = torch.device("cpu")
+        self.candidates = candidates
+
+    def upload(self, array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).clone()
+
+
+class HostGpuBackend(TorchBackend):
+    """The host as the one GPU of a plugin with these candidates."""
+
+    name, version = "host-gpu", "0"
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        super().__init__()
+        self._candidates = candidates
+
+    @hookimpl
+    def detect(self) -> DetectReport:
+        return DetectReport("found", (Device("cuda", 0, "host", "any", 8 << 30, ("float32",), 0),))
+
+    def open_device(self, device: Device, options: LoadOptions) -> HostGpuDevice:
+        return HostGpuDevice(self._candidates)
+
+
+def pinned_memory_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to pin without a card."""
+    empty = torch.empty
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
