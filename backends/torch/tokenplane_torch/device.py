@@ -34,6 +34,7 @@ class TorchDevice(ABC):
     mixed: bool = True  # a prefill call may carry decode rows
     max_prefill_rows: int | None = None  # None: as many as there are sequences
     max_table_entries: int | None = None
+    builds_kernels: bool = False  # ragged steps may meet a kernel that is not compiled yet
     tables_on_device: bool = False  # compiled steps look blocks up in a table that the device keeps
     sampling = SamplingCaps()
 

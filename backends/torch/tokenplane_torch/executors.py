@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -10,14 +10,24 @@ from torch import Tensor
 from .device import TorchDevice
 from .padded import PaddedStep, StepShape
 
-Program = Callable[[StepShape, Mapping[str, Tensor]], Tensor]
+
+class Program(Protocol):
+    """A `padded.StepProgram`."""
+
+    def state(self) -> list[Tensor]:
+        """What it changes."""
+        ...
+
+    def __call__(self, shape: StepShape, inputs: Mapping[str, Tensor]) -> Tensor: ...
 
 
 class StepExecutor(Protocol):
     """Made anew for each cache: what it has compiled or captured may hold the cache's addresses."""
 
-    compiled: int
-    """Shapes compiled or captured so far. A device of hard shapes adds none after warm-up."""
+    @property
+    def compiled(self) -> int:
+        """Shapes compiled or captured so far. A device of hard shapes adds none after warm-up."""
+        ...
 
     def run(self, program: Program, step: PaddedStep) -> Tensor:
         """Run the program for the step's shape, compiling it first if this shape is new; logits [rows, vocab].

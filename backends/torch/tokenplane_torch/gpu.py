@@ -36,6 +36,7 @@ class GpuDevice(TorchDevice):
     default_step_tokens = gpu_offer(0).max_step_tokens
     async_depth = 1
     tables_on_device = True
+    builds_kernels = True
 
     def __init__(self, kind: Literal["cuda", "xpu"], index: int, candidates: Sequence[Candidate]) -> None:
         self.api: Any = getattr(torch, kind)

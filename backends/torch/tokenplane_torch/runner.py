@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenplane_core.backend.records import (
     I32,
+    PAD_BLOCK,
     Bucket,
     DecodeBatch,
     KVLayout,
@@ -26,7 +27,7 @@ from tokenplane_core.backend.records import (
     StepOutput,
 )
 
-from .device import TorchDevice
+from .device import TorchDevice, powers_of_two
 from .kernels import AttentionKernels
 from .kv_cache import LayerCache, LayerShape
 from .module import DecoderModule
@@ -78,7 +79,33 @@ class ModelRunner:
         # The largest first: graphs that share a memory pool then fit into what it took.
         for bucket in sorted(self.policy.buckets, key=lambda b: (-b.tokens, -b.rows)):
             self.warm(bucket)
+        if self.device.builds_kernels:
+            self._warm_ragged()
         return self._executor.compiled - before
+
+    def _warm_ragged(self) -> None:
+        """Run prompt chunks of all orders of size behind contexts of all: which kernel runs depends on both, and the
+        first request must not wait for a compiler.
+        """
+        longest = self.max_model_tokens
+        for context in [0, *(c for c in powers_of_two(256, longest) if c < longest)]:
+            for new in (2, 16, 128, 1024):
+                if context + new <= longest:
+                    logits = self.try_step(self.layers, new, context)
+        self.sampler.warm(logits)
+        self.device.clock().read_back([logits]).arrays()
+
+    def try_step(self, layers: list[LayerCache], new: int, context: int) -> Tensor:
+        """Compute one row of `new` tokens behind `context`, all in the padding block; logits [1, vocab].
+
+        What is computed means nothing, what it takes does.
+        """
+        size = self.device.block_tokens
+        blocks = np.full((1, -(-(context + new) // size)), PAD_BLOCK, np.int32)
+        lengths = (np.array([new], np.int32), np.array([context], np.int32))
+        plan = plan_step(np.zeros(new, np.int32), *lengths, blocks, np.ones(1, np.bool_), size, self.device.upload)
+        step = PagedStep(plan, layers, self.kernels)
+        return self.module.logits(plan.token_ids.long(), plan.positions, plan.logits_index, step)
 
     @torch.inference_mode()
     def warm(self, bucket: Bucket) -> None:
@@ -86,8 +113,9 @@ class ModelRunner:
         logits = self._executor.run(self._program, empty_batch(self._shape(bucket), self._slots))
         nobody = np.zeros(0, np.int32)
         for drawn in self.sampler.warm(logits):
+            clock = self.device.clock()  # first, as in a step: a lazy device compiles what lies between two launches
             self._note_drawn(drawn.token_ids, nobody.astype(np.int64), nobody, nobody)
-            self.device.clock().read_back(drawn.tensors()).arrays()
+            clock.read_back(drawn.tensors()).arrays()
         if self.sampler.fixed_shape:
             self.device.clock().read_back([logits.float()]).arrays()
 
@@ -194,7 +222,7 @@ class ModelRunner:
 
         def output(arrays: list[NDArray[Any]], seconds: float) -> StepOutput:
             token_ids, *logprobs = (array[rows] for array in arrays)
-            logprob, top_ids, top_logprobs = logprobs or (None, None, None)
+            logprob, top_ids, top_logprobs, *_ = (*logprobs, None, None, None)
             return StepOutput(number, token_ids, logprob, top_ids, top_logprobs, device_s=seconds, compiled=compiled)
 
         pending = clock.read_back(drawn.tensors())

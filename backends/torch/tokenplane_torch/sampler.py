@@ -60,7 +60,7 @@ class Sampler(Protocol):
         ...
 
     def warm(self, logits: Tensor) -> Iterable[Drawn]:
-        """What each of its programs draws from logits of this shape, one by one; none if its shapes are not fixed."""
+        """What each program or kernel that must be compiled draws from logits of this shape, one by one."""
         ...
 
 
@@ -97,7 +97,11 @@ class TorchSampler:
         return sample(logits, batch, histories, self._upload)
 
     def warm(self, logits: Tensor) -> Iterable[Drawn]:
-        return ()
+        if self._fast_draw is None:
+            return ()
+        neutral = self._upload(np.repeat(np.array([[1], [0], [1], [0], [0]], np.float32), len(logits), axis=1))
+        temperature, top_k, top_p, min_p, us = neutral
+        return [Drawn(self._fast_draw(logits, temperature, top_k.to(torch.int32), top_p, min_p, us))]
 
     def _parameters(self, batch: SamplingBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In one copy: temperature, top_k, top_p, min_p, uniforms."""

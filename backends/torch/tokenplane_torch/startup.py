@@ -29,7 +29,6 @@ from .loader import first_line, is_out_of_memory, load_model, weights_bytes
 from .module import DecoderModule
 from .runner import ModelRunner
 from .slots import SlotState
-from .step import PagedStep, plan_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,20 +158,8 @@ def _measured_workspace(runner: ModelRunner, tokens: int, sequences: int) -> int
     layers = device.allocate(runner.layer_shapes, PAD_BLOCK + 1)
     for layer in layers:
         layer.key.zero_(), layer.value.zero_()
-    blocks = np.full((1, -(-tokens // device.block_tokens)), PAD_BLOCK, np.int32)
-    plan = plan_step(
-        np.zeros(tokens, np.int32),
-        np.array([tokens], np.int32),
-        np.zeros(1, np.int32),
-        blocks,
-        np.ones(1, np.bool_),
-        device.block_tokens,
-        device.upload,
-    )
     device.peak_bytes()
-    logits = runner.module.logits(
-        plan.token_ids.long(), plan.positions, plan.logits_index, PagedStep(plan, layers, runner.kernels)
-    )
+    logits = runner.try_step(layers, tokens, context=0)
     step_bytes = device.peak_bytes() or 0
     logits = logits.expand(sequences, -1)
     runner.sampler.draw(logits, np.arange(sequences), _demanding(sequences), None)

@@ -1,13 +1,15 @@
-"""Sampling for devices that compile: one program of fixed shape draws for every row of the logits.
+"""Sampling for devices that compile: programs of fixed shape draw for every row of the logits.
 
-Greedy, temperature, top_k, top_p and min_p by the published law (tokenplane_core/backend/sampling.py), with the uniform
-numbers computed on the host. What depends on more (a bias, penalties, typical_p, logprobs) the core draws from
-returned logits. Nothing here synchronises, and no shape depends on a value.
+Greedy, temperature, top_k, top_p, min_p and the drawn token's logprob, by the published law
+(tokenplane_core/backend/sampling.py), with the uniform numbers computed on the host. What depends on more (a bias,
+penalties, typical_p, the best tokens' logprobs) the core draws from returned logits. Nothing here synchronises, and no
+shape depends on a value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,11 +23,14 @@ from .device import TorchDevice
 from .sampler import Drawn
 from .slots import Histories
 
-STATIC_SAMPLING = SamplingCaps(frozenset({"temperature", "top_k", "top_p", "min_p"}))
+STATIC_SAMPLING = SamplingCaps(
+    frozenset({"temperature", "top_k", "top_p", "min_p", "logprobs"}),
+    max_top_logprobs=0,  # of the drawn token only
+)
 
 
 class StaticSampler:
-    """Two programs for each number of rows: greedy alone, and everything else.
+    """Four programs for each number of rows: greedy or drawn, with or without logprobs.
 
     exact_sums: cumulate in float64, as the law says. Devices without it add up in float32; a draw may then differ
     where its number falls within rounding of the border between two ids.
@@ -39,30 +44,33 @@ class StaticSampler:
 
     def describe(self) -> str:
         sums = "" if self._sums is torch.float64 else ", sums in float32"
-        return f"torch, fixed shape{sums}; bias, penalties, typical_p and logprobs on the host"
+        return f"torch, fixed shape{sums}; bias, penalties, typical_p and top logprobs on the host"
 
     def draw(self, logits: Tensor, rows: NDArray[np.int64], batch: SamplingBatch, histories: Histories | None) -> Drawn:
-        """Token ids i64 [r] for all r rows of the logits; those that `rows` does not name mean nothing."""
-        if not batch.features:
-            return Drawn(greedy(logits))
-        parameters = self._upload(row_parameters(batch, rows, len(logits)))
-        return Drawn(draw(logits, parameters, self._sums))
+        """For all r rows of the logits; what it draws for those that `rows` does not name means nothing."""
+        parameters = row_parameters(batch, rows, len(logits))
+        return self._run(logits, parameters, "temperature" in batch.features, "logprobs" in batch.features)
 
     def warm(self, logits: Tensor) -> Iterable[Drawn]:
-        yield Drawn(greedy(logits))
-        yield Drawn(draw(logits, self._upload(greedy_parameters(len(logits))), self._sums))
+        for random, logprobs in product((False, True), repeat=2):
+            yield self._run(logits, greedy_parameters(len(logits)), random, logprobs)
+
+    def _run(self, logits: Tensor, parameters: F32, random: bool, logprobs: bool) -> Drawn:
+        columns = self._upload(parameters)
+        token_ids = draw(logits, columns, self._sums) if random else greedy(logits)
+        return Drawn(token_ids, token_logprobs(logits, token_ids, columns[5]) if logprobs else None)
 
 
 def greedy_parameters(count: int) -> F32:
-    """f32 [5, count]: temperature, top_k, top_p, min_p and the uniform number of greedy rows."""
-    return np.repeat(np.array([[0], [0], [1], [0], [0]], np.float32), count, axis=1)
+    """f32 [6, count]: temperature, top_k, top_p, min_p, uniform number and num_logprobs of greedy rows."""
+    return np.repeat(np.array([[0], [0], [1], [0], [0], [-1]], np.float32), count, axis=1)
 
 
 def row_parameters(batch: SamplingBatch, rows: NDArray[np.int64], count: int) -> F32:
     """The same with the `rows` of the logits that are to be drawn as the batch says."""
     out = greedy_parameters(count)
     us = uniforms(batch.seeds, batch.positions)
-    out[:, rows] = np.stack([batch.temperature, batch.top_k, batch.top_p, batch.min_p, us])
+    out[:, rows] = np.stack([batch.temperature, batch.top_k, batch.top_p, batch.min_p, us, batch.num_logprobs])
     return out
 
 
@@ -72,12 +80,12 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, parameters: Tensor, sums: torch.dtype = torch.float64) -> Tensor:
-    """One token id i64 [r] for each row of [r, vocab] logits; parameters f32 [5, r] as `row_parameters` makes them.
+    """One token id i64 [r] for each row of [r, vocab] logits; parameters f32 [6, r] as `row_parameters` makes them.
 
     All filters keep the first few ids in one order, by falling logit and rising id. So each only says how many, the
     smallest number wins, and the ids themselves need not be sorted.
     """
-    temperature, top_k, top_p, min_p, uniform = (column[:, None] for column in parameters)
+    temperature, top_k, top_p, min_p, uniform, _ = (column[:, None] for column in parameters)
     scores = logits.float() / torch.where(temperature > 0, temperature, 1)
     ordered = scores.sort(dim=-1, descending=True).values
     kept = _how_many(ordered, top_k, top_p, min_p, sums)
@@ -89,6 +97,12 @@ def draw(logits: Tensor, parameters: Tensor, sums: torch.dtype = torch.float64) 
     last = torch.where(weights > 0, ids, 0).amax(-1)
     drawn = torch.minimum(passed.sum(-1), last)
     return torch.where(temperature[:, 0] > 0, drawn, greedy(logits))
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_logprobs: Tensor) -> Tensor:
+    """f32 [r] of the raw logits; NaN for rows that ask for none."""
+    scores = torch.log_softmax(logits.float(), -1).gather(1, token_ids[:, None]).squeeze(1)
+    return torch.where(num_logprobs >= 0, scores, torch.nan)
 
 
 def _how_many(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, sums: torch.dtype) -> Tensor:
