@@ -5,6 +5,7 @@ PORT ?= 8080
 HOST ?= 127.0.0.1
 MODEL ?= models/demo
 VENV := .venv
+TPU_VENV := .venv-tpu
 BIN := $(VENV)/bin
 PACKAGES := core api backends/torch backends/cpu
 # Installed for development only: their plugins import without the vendor's libraries. The TPU's needs another torch.
@@ -16,7 +17,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # One computing thread for each test process: two would fight for the same cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install serve test check bench dist clean
+.PHONY: help install serve test test-main test-tpu check bench dist hardware-page clean
 
 help:
 	@sed -n '1p' Makefile
@@ -36,8 +37,18 @@ $(VENV)/.installed-dev: $(VENV)/.installed $(OTHER_BACKENDS:%=%/pyproject.toml)
 serve: install
 	$(BIN)/tokenplane serve --model-id $(MODEL) --backend cpu --hostname $(HOST) --port $(PORT)
 
-test: $(VENV)/.installed-dev
+test: test-main test-tpu
+
+test-main: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+# XLA's CPU device stands in for a TPU; torch-xla needs another torch, hence another environment.
+$(TPU_VENV)/.installed: backends/tpu/tests/make_xla_cpu_env.py backends/tpu/pyproject.toml
+	$(PYTHON) backends/tpu/tests/make_xla_cpu_env.py $(TPU_VENV)
+	@touch $@
+
+test-tpu: $(TPU_VENV)/.installed
+	$(TEST_ENV) PJRT_DEVICE=CPU $(TPU_VENV)/bin/python -m pytest -q --tokenplane-backend tpu backends/tpu/tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -54,5 +65,9 @@ dist: $(VENV)/.installed-dev
 	for package in . $(ALL_PACKAGES); do $(BIN)/python -m build --wheel --outdir dist $$package || exit 1; done
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m package_index tests/packaging
 
+# docs/hardware.md from the kit's reports and the dated runs in docs/.
+hardware-page: $(VENV)/.installed-dev
+	$(BIN)/python scripts/hardware_page.py
+
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TPU_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
