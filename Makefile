@@ -54,7 +54,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=backends/tpu $(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/packaging/test_imports.py
 
 bench: $(VENV)/.installed-dev
