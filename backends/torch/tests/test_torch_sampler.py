@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -192,3 +193,63 @@ def test_logits_are_left_as_they_were() -> None:
     params = [SamplingParams(temperature=0.7, top_k=5, logit_bias={3: 4.0}, repetition_penalty=1.3, num_logprobs=2)] * 2
     drawn_by_torch(logits, sampling_batch(params, [4, 4]), [reference.History(np.arange(4, dtype=np.int32), 2)] * 2)
     assert torch.equal(logits, before)
+
+
+# --- The fused kernel ---------------------------------------------------------------------------------------
+
+
+def right(logits: torch.Tensor, temperature: torch.Tensor, *filters: torch.Tensor) -> torch.Tensor:
+    """What a kernel computes, by the reference."""
+    top_k, top_p, min_p, us = (column.numpy() for column in filters)
+    batch = replace(
+        torch_sampler.neutral_batch(len(logits)), temperature=temperature.numpy(), top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    tokens = logits.argmax(-1)
+    for i in np.flatnonzero(batch.temperature).tolist():
+        warped = reference._warp(logits[i].float().numpy(), batch, i)
+        tokens[i] = reference.draw(np.exp(reference.log_softmax(warped)), us[i])
+    return tokens
+
+
+def wrong(logits: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
+
+
+def failing(*_: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("out of resource: shared memory")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        (right, "one fused kernel"),
+        (wrong, r"torch \(not the fused kernel: it draws \d+ of 64 tokens otherwise\)"),
+        (failing, r"torch \(not the fused kernel: RuntimeError: out of resource: shared memory\)"),
+    ],
+)
+def test_a_draw_kernel_is_tried_before_it_is_trusted(kernel: Any, said: str) -> None:
+    sampler = torch_sampler.TorchSampler(PlainDevice(), kernel)
+    assert re.match(said, sampler.describe())
+    batch = sampling_batch([SamplingParams(temperature=1.0, seed=3)], [5])
+    drawn = sampler.draw(torch.zeros((1, VOCAB)), np.arange(1), batch, None).token_ids
+    assert int(drawn) == int(reference.uniforms(batch.seeds, batch.positions)[0] * VOCAB)
+
+
+def test_logprobs_go_with_the_draw_kernel() -> None:
+    """The way through torch waits for the device, and would cost every row of the batch the step ahead."""
+    calls = []
+
+    def kernel(logits: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+        calls.append(len(logits))
+        return right(logits, *columns)
+
+    sampler = torch_sampler.TorchSampler(PlainDevice(), kernel)
+    params = [SamplingParams(temperature=0.7, seed=1, num_logprobs=2), SamplingParams(), SamplingParams(num_logprobs=0)]
+    batch = sampling_batch(params, [5, 6, 7])
+    logits = torch.randn((3, VOCAB), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    calls.clear()
+    drawn = sampler.draw(logits, np.arange(3), batch, None)
+    assert calls == [3]
+    wanted = torch_sampler.TorchSampler(PlainDevice()).draw(logits, np.arange(3), batch, None)
+    for mine, theirs in zip(drawn.tensors(), wanted.tensors(), strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)

@@ -107,7 +107,9 @@ class TorchBackend(ABC):
 
     @hookimpl
     def warmup(self) -> int:
-        return self._loaded()[0].warmup()
+        from .startup import warm_up
+
+        return warm_up(self._loaded()[0])
 
     @hookimpl
     def prefill(self, batch: PrefillBatch, sampling: SamplingBatch) -> StepHandle:

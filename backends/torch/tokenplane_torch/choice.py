@@ -166,7 +166,7 @@ class _Trial:
     def run(self, kernels: AttentionKernels, plan: StepPlan) -> Tensor:
         cache = LayerCache(self.cache.key.clone(), self.cache.value.clone())
         kernels.write_kv(cache, self.key, self.value, plan.write_index)
-        out = self.query.new_zeros((*self.query.shape[:2], self.need.shape.value_dim))
+        out = self.query.new_full((*self.query.shape[:2], self.need.shape.value_dim), torch.nan)  # all is theirs
         if plan.decode is not None:
             kernels.attend_decode(self.query, cache, plan.decode, self.rule, out)
         if plan.prefill is not None:

@@ -8,7 +8,9 @@ one stream, in order. Knows no vendor's library and no card.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,6 +116,8 @@ class GraphExecutor:
         self._device = device
         self._api = device.api
         self._pool = self._api.graph_pool_handle()
+        # One for all captures: cuBLAS keeps a workspace of its own for every stream it has seen.
+        self._stream = self._api.Stream(device.torch_device)
         self._captured: dict[StepShape, _Captured] = {}
         self._logits: Tensor | None = None  # [rows, vocab] of the largest shape so far
 
@@ -131,21 +135,48 @@ class GraphExecutor:
         buffer = self._device.upload(_packed(step))
         parts = torch.split(buffer, [array.size for array in step.inputs.values()])
         inputs = {n: p.view(a.shape) for (n, a), p in zip(step.inputs.items(), parts, strict=True)}
-        # Once outside of capture, on a stream of its own: libraries set themselves up, kernels are built. The step
-        # is the same when it runs again: it writes the same tokens to the same places.
-        side = api.Stream(self._device.torch_device)
-        side.wait_stream(api.current_stream())
-        with api.stream(side):
-            logits = program(step.shape, inputs)
-        api.current_stream().wait_stream(side)
+        # Outside of capture first: libraries set themselves up, kernels are built. The step is the same when it runs
+        # again: it writes the same tokens to the same places.
+        self._stream.wait_stream(api.current_stream())
+        with api.stream(self._stream):
+            program(step.shape, inputs)
+            with _no_waiting(api):
+                logits = program(step.shape, inputs)
+        api.current_stream().wait_stream(self._stream)
         if self._logits is None or len(self._logits) < len(logits):
             self._logits = torch.empty_like(logits)
         out = self._logits[: len(logits)]
         del logits
         graph = api.CUDAGraph() if hasattr(api, "CUDAGraph") else api.XPUGraph()
-        with api.graph(graph, pool=self._pool):
-            out.copy_(program(step.shape, inputs))
+        failure: Exception | None = None
+        try:
+            # The outer context: a capture that fails to end does not give the current stream back.
+            with api.stream(api.current_stream()), api.graph(graph, pool=self._pool, stream=self._stream):
+                try:
+                    out.copy_(program(step.shape, inputs))
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:
+            raise failure or error  # not that ending it failed too  # noqa: B904
         return _Captured(graph, buffer, out)
+
+
+@contextmanager
+def _no_waiting(api: Any) -> Iterator[None]:
+    """Refuse what waits for the device, where the platform can tell: cheaper than a capture that fails halfway, after
+    which torch's allocator never gives the memory of the pool back.
+    """
+    if not hasattr(api, "set_sync_debug_mode"):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode does not see everything
+        api.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        api.set_sync_debug_mode("default")
 
 
 @dataclass(frozen=True, slots=True)

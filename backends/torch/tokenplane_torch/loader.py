@@ -119,7 +119,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """torch raises its own class on accelerators and a plain RuntimeError on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("allocate memory", "RESOURCE_EXHAUSTED")
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -70,7 +70,7 @@ class ModelRunner:
     def drop_cache(self) -> None:
         """Give the cache back, and with it what an executor captured or compiled around it."""
         self.layers = []
-        self._executor = self._program = None  # type: ignore[assignment]
+        self._executor = self._program = self._slots = None  # type: ignore[assignment]
 
     @torch.inference_mode()
     def warmup(self) -> int:
@@ -84,26 +84,27 @@ class ModelRunner:
         return self._executor.compiled - before
 
     def _warm_ragged(self) -> None:
-        """Run prompt chunks of all orders of size behind contexts of all: which kernel runs depends on both, and the
-        first request must not wait for a compiler.
+        """Run decode rows and prompt chunks of all orders of size behind contexts of all: which kernel runs depends on
+        both, and the first request must not wait for a compiler.
         """
         longest = self.max_model_tokens
         for context in [0, *(c for c in powers_of_two(256, longest) if c < longest)]:
-            for new in (2, 16, 128, 1024):
+            for new in (1, 2, 16, 128, 1024):
                 if context + new <= longest:
-                    logits = self.try_step(self.layers, new, context)
+                    logits = self.try_step(self.layers, [new], context)
         self.sampler.warm(logits)
         self.device.clock().read_back([logits]).arrays()
 
-    def try_step(self, layers: list[LayerCache], new: int, context: int) -> Tensor:
-        """Compute one row of `new` tokens behind `context`, all in the padding block; logits [1, vocab].
+    def try_step(self, layers: list[LayerCache], new: list[int], context: int) -> Tensor:
+        """Compute rows of `new[i]` tokens behind `context`, all in the padding block; logits [rows, vocab].
 
         What is computed means nothing, what it takes does.
         """
-        size = self.device.block_tokens
-        blocks = np.full((1, -(-(context + new) // size)), PAD_BLOCK, np.int32)
-        lengths = (np.array([new], np.int32), np.array([context], np.int32))
-        plan = plan_step(np.zeros(new, np.int32), *lengths, blocks, np.ones(1, np.bool_), size, self.device.upload)
+        size, rows = self.device.block_tokens, len(new)
+        blocks = np.full((rows, -(-(context + max(new)) // size)), PAD_BLOCK, np.int32)
+        lengths = (np.array(new, np.int32), np.full(rows, context, np.int32))
+        token_ids = np.zeros(sum(new), np.int32)
+        plan = plan_step(token_ids, *lengths, blocks, np.ones(rows, np.bool_), size, self.device.upload)
         step = PagedStep(plan, layers, self.kernels)
         return self.module.logits(plan.token_ids.long(), plan.positions, plan.logits_index, step)
 

@@ -7,7 +7,7 @@ random draw. Rows that do not use a feature are not touched by it. Knows no slot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from tokenplane_core.backend.records import Bool, SamplingBatch
 from tokenplane_core.backend.sampling import uniforms
 
 from .device import TorchDevice
+from .loader import first_line
 from .slots import PENALTIES, Histories
 
 NUCLEUS_GUESS = 512  # ids that are enough for top_p nearly always
@@ -77,23 +78,32 @@ _FAST = frozenset({"temperature", "top_k", "top_p", "min_p"})
 
 
 class TorchSampler:
-    """Draws with torch, or with one kernel (`fast_draw`) where a batch asks for nothing that the kernel lacks."""
+    """Draws with torch, or with one kernel (`fast_draw`) where a batch asks for nothing that the kernel lacks.
+
+    The kernel is tried first, on this very device, and not used if it fails or draws something else.
+    """
 
     fixed_shape = False
 
     def __init__(self, device: TorchDevice, fast_draw: FastDraw | None = None) -> None:
         self._upload: Upload = device.upload
         self._fast_draw = fast_draw
+        self._problem = self._try(fast_draw) if fast_draw is not None else ""
+        if self._problem:
+            self._fast_draw = None
 
     def describe(self) -> str:
-        return "torch" if self._fast_draw is None else "one fused kernel, torch for penalties, typical_p and logprobs"
+        if self._fast_draw is None:
+            return f"torch (not the fused kernel: {self._problem})" if self._problem else "torch"
+        return "one fused kernel, torch for penalties, typical_p and processed logprobs"
 
     def draw(self, logits: Tensor, rows: NDArray[np.int64], batch: SamplingBatch, histories: Histories | None) -> Drawn:
         greedy = batch.temperature == 0
         if greedy.all() and batch.num_logprobs.max(initial=-1) < 0 and not batch.features & _ADJUSTMENTS:
             return Drawn(logits.argmax(-1))
-        if self._fast_draw is not None and batch.features <= _FAST:
-            return Drawn(self._fast_draw(logits, *self._parameters(batch)))
+        if self._fast_draw is not None and batch.features <= _FAST | {"logprobs"}:
+            token_ids = self._fast_draw(logits, *self._parameters(batch))
+            return Drawn(token_ids, *_logprobs(logits, logits, token_ids, batch, self._upload))
         return sample(logits, batch, histories, self._upload)
 
     def warm(self, logits: Tensor) -> Iterable[Drawn]:
@@ -103,11 +113,60 @@ class TorchSampler:
         temperature, top_k, top_p, min_p, us = neutral
         return [Drawn(self._fast_draw(logits, temperature, top_k.to(torch.int32), top_p, min_p, us))]
 
+    @torch.inference_mode()
+    def _try(self, fast_draw: FastDraw) -> str:
+        """Why the kernel cannot be used; "" if it draws what `sample` does."""
+        i = np.arange(64)
+        batch = replace(
+            neutral_batch(len(i)),
+            features=_FAST,
+            temperature=(i % 4 * 0.5).astype(np.float32),
+            top_k=(i % 3 * 20).astype(np.int32),
+            top_p=(1 - i % 5 * 0.15).astype(np.float32),
+            min_p=(i % 7 * 0.01).astype(np.float32),
+            seeds=i.astype(np.uint64),
+        )
+        logits = self._upload(np.random.default_rng(0).normal(0, 3, (len(i), 8208)).astype(np.float32))
+        try:
+            drawn = fast_draw(logits, *self._parameters(batch))
+            wrong = int((drawn != sample(logits, batch, None, self._upload).token_ids).sum())
+        except Exception as error:  # a compiler may fail in any way, and torch can do without
+            return f"{type(error).__name__}: {first_line(error)}"
+        # A number may fall within rounding of the border between two ids.
+        return f"it draws {wrong} of {len(i)} tokens otherwise" if wrong > 3 else ""
+
     def _parameters(self, batch: SamplingBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In one copy: temperature, top_k, top_p, min_p, uniforms."""
         columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, uniforms(batch.seeds, batch.positions))
         temperature, top_k, top_p, min_p, us = self._upload(np.stack(columns, dtype=np.float32))
         return temperature, top_k.to(torch.int32), top_p, min_p, us
+
+
+def neutral_batch(rows: int) -> SamplingBatch:
+    """Greedy rows that ask for nothing else."""
+
+    def all_rows(value: float, dtype: type[np.generic]) -> NDArray[Any]:
+        return np.full(rows, value, dtype)
+
+    off, on = all_rows(0, np.float32), all_rows(1, np.float32)
+    return SamplingBatch(
+        features=frozenset(),
+        temperature=off,
+        top_k=all_rows(0, np.int32),
+        top_p=on,
+        min_p=off,
+        typical_p=on,
+        repetition_penalty=on,
+        presence_penalty=off,
+        frequency_penalty=off,
+        seeds=all_rows(0, np.uint64),
+        positions=all_rows(0, np.int64),
+        bias_starts=np.zeros(rows + 1, np.int32),
+        bias_ids=np.zeros(0, np.int32),
+        bias_values=np.zeros(0, np.float32),
+        num_logprobs=all_rows(-1, np.int32),
+        processed_logprobs=all_rows(0, np.bool_),
+    )
 
 
 def sample(logits: Tensor, batch: SamplingBatch, histories: Histories | None, upload: Upload) -> Drawn:
@@ -249,6 +308,7 @@ def _logprobs(
     width = int(batch.num_logprobs.max(initial=-1))
     if width < 0:
         return None, None, None
+    raw, warped = raw.float(), warped.float()
     asked = np.flatnonzero(batch.num_logprobs >= 0)
     rows = upload(asked)
     processed = _column(batch.processed_logprobs[asked], upload)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tokenplane_core.backend.errors import ContractViolation, OutOfMemory
 from tokenplane_core.backend.records import (
     PAD_BLOCK,
+    Bucket,
     KVLayout,
     KVSpec,
     Limits,
@@ -28,6 +27,7 @@ from .device import TorchDevice
 from .loader import first_line, is_out_of_memory, load_model, weights_bytes
 from .module import DecoderModule
 from .runner import ModelRunner
+from .sampler import neutral_batch
 from .slots import SlotState
 
 
@@ -56,6 +56,9 @@ def load_runner(model: ModelSpec, device: TorchDevice, options: LoadOptions) -> 
     if policy.mode == "hard":  # no more than the largest buckets hold
         sequences = min(sequences, max(b.rows for b in policy.buckets if b.phase == "decode"))
         step_tokens = max(b.tokens for b in policy.buckets)
+    if policy.mode == "soft" and options.graph_rows is not None:
+        rows = [rows for rows in options.graph_rows if rows <= sequences]
+        policy = replace(policy, buckets=tuple(Bucket("decode", n, n) for n in rows)) if rows else ShapePolicy()
     module = load_model(model, device)
     fused = device.fuse(module)
     needs, kernels = check_model(module, model, device)
@@ -65,7 +68,7 @@ def load_runner(model: ModelSpec, device: TorchDevice, options: LoadOptions) -> 
     gc.collect()  # what loading left behind would count as taken
     reserved = {
         "slots": SlotState.size_bytes(sequences, model.max_model_tokens, device.block_tokens),
-        "workspace": _measured_workspace(runner, min(step_tokens, model.max_model_tokens), sequences),
+        "workspace": _measured_workspace(runner, step_tokens, sequences),
         "graphs": graph_bytes,
         "headroom": device.headroom_bytes(),
     }
@@ -108,10 +111,11 @@ def _try_capture(runner: ModelRunner) -> tuple[str, int]:
     """
     device, buckets = runner.device, runner.policy.buckets
     largest = max(buckets, key=lambda bucket: bucket.rows)
-    before = device.taken_bytes()
     try:
         blocks = -(-runner.max_model_tokens // device.block_tokens)
         runner.allocate(KVLayout(PAD_BLOCK + 1, device.block_tokens, largest.rows, blocks))
+        device.peak_bytes()  # what torch keeps from loading would hide, and slots be counted twice
+        before = device.taken_bytes()
         runner.warm(largest)
         after = device.taken_bytes()
     except Exception as error:
@@ -145,51 +149,69 @@ def allocate_cache(runner: ModelRunner, device: TorchDevice, layout: KVLayout) -
         raise
 
 
-@torch.inference_mode()
-def _measured_workspace(runner: ModelRunner, tokens: int, sequences: int) -> int:
-    """Memory that a step of `tokens` prompt tokens, or drawing for all sequences, takes while it runs; 0 where the
-    device does not count.
+def warm_up(runner: ModelRunner) -> int:
+    """Compile or capture every bucket; how many shapes that were.
+
+    Raises:
+        OutOfMemory: they do not fit beside the cache.
+    """
+    try:
+        return runner.warmup()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"no memory left to warm up beside the KV cache: {first_line(error)}; lower --max-batch-total-tokens"
+        ) from error
+
+
+def _measured_workspace(runner: ModelRunner, step_tokens: int, sequences: int) -> int:
+    """Memory that the largest step, or drawing for all sequences, takes while it runs; 0 where nobody counts.
 
     Its rows all write into the padding block: what is computed means nothing, how much memory it takes does.
+
+    Raises:
+        OutOfMemory: there is not so much.
     """
-    device = runner.device
-    if device.peak_bytes() is None:
+    if runner.device.peak_bytes() is None:
         return 0
+    try:
+        return _peak_bytes(runner, step_tokens, sequences)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"no memory left for a step of {step_tokens} tokens of {sequences} sequences: {first_line(error)}; lower"
+            " --max-batch-prefill-tokens or --max-batch-size"
+        ) from error
+
+
+@torch.inference_mode()
+def _peak_bytes(runner: ModelRunner, step_tokens: int, sequences: int) -> int:
+    device, longest = runner.device, runner.max_model_tokens
     layers = device.allocate(runner.layer_shapes, PAD_BLOCK + 1)
     for layer in layers:
         layer.key.zero_(), layer.value.zero_()
+    tokens = min(step_tokens, sequences * longest)
+    rows = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
     device.peak_bytes()
-    logits = runner.try_step(layers, tokens, context=0)
+    logits = runner.try_step(layers, rows, context=0)
     step_bytes = device.peak_bytes() or 0
-    logits = logits.expand(sequences, -1)
-    runner.sampler.draw(logits, np.arange(sequences), _demanding(sequences), None)
+    # All ids equally likely: then filters look at every one of them, and take most memory.
+    flat = logits.new_zeros((sequences, logits.shape[1]))
+    runner.sampler.draw(flat, np.arange(sequences), _demanding(sequences), None)
     return max(step_bytes, device.peak_bytes() or 0)
 
 
 def _demanding(rows: int) -> SamplingBatch:
-    """Parameters that take a sampler's memory: filtered draws, with logprobs."""
-
-    def all_rows(value: float, dtype: type[np.generic]) -> NDArray[Any]:
-        return np.full(rows, value, dtype)
-
-    off, on = all_rows(0, np.float32), all_rows(1, np.float32)
-    return SamplingBatch(
-        features=frozenset({"temperature", "top_p", "logprobs"}),
-        temperature=on,
-        top_k=all_rows(0, np.int32),
-        top_p=all_rows(0.9, np.float32),
-        min_p=off,
-        typical_p=on,
-        repetition_penalty=on,
-        presence_penalty=off,
-        frequency_penalty=off,
-        seeds=all_rows(0, np.uint64),
-        positions=all_rows(0, np.int64),
-        bias_starts=np.zeros(rows + 1, np.int32),
-        bias_ids=np.zeros(0, np.int32),
-        bias_values=np.zeros(0, np.float32),
-        num_logprobs=all_rows(5, np.int32),
-        processed_logprobs=all_rows(0, np.bool_),
+    """Parameters that take a sampler's memory: draws filtered in every way but the fused kernel's, with logprobs."""
+    return replace(
+        neutral_batch(rows),
+        features=frozenset({"temperature", "top_p", "typical_p", "logprobs"}),
+        temperature=np.ones(rows, np.float32),
+        top_p=np.full(rows, 0.9, np.float32),
+        typical_p=np.full(rows, 0.9, np.float32),
+        num_logprobs=np.full(rows, 5, np.int32),
     )
 
 

@@ -145,8 +145,11 @@ class PagedStep:
     ) -> Tensor:
         cache = self.layers[layer]
         self.kernels.write_kv(cache, key, value, self.plan.write_index)
-        # Zeros, not empty: a padding token belongs to no row, and what it holds goes through the rest of the model.
-        out = query.new_zeros((*query.shape[:2], value.shape[2]))
+        # A padded prefill has tokens of no row, and what they hold goes through the rest of the model.
+        prefill = self.plan.prefill
+        some_unowned = prefill is not None and prefill.host is None
+        new = query.new_zeros if some_unowned else query.new_empty
+        out = new((*query.shape[:2], value.shape[2]))
         if self.plan.decode is not None:
             self.kernels.attend_decode(query, cache, self.plan.decode, rule, out)
         if self.plan.prefill is not None:

@@ -1,15 +1,16 @@
 """torch.cuda as a GPU would have it, on the host: streams, events, pinned memory, and graphs that really replay.
 
 A graph records every operation and runs it again on the same tensors. Reading a value, or allocating by one, while it
-records is refused as a driver refuses it. So what a captured step may not do fails here too.
+records is refused as a driver refuses it. So what a captured step may not do fails here too, and a capture that failed
+leaves behind what torch leaves: another error, and its stream as the current one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -58,6 +59,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
+class _RefusesToWait(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """torch.cuda.set_sync_debug_mode("error")."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in READS_VALUES:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return func(*args, **(kwargs or {}))
+
+
 class _Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self._at_s = 0.0
@@ -90,23 +100,46 @@ class HostGpu:
 
     def __init__(self, total_bytes: int = 8 << 30) -> None:
         self.total_bytes = total_bytes
+        self.is_capturing = False
+        self.streams: set[_Stream] = set()  # all that work was put on
+        self._current = _Stream()
+        self._watching = ExitStack()
 
     def set_device(self, index: int) -> None:
         pass
 
     def current_stream(self) -> _Stream:
-        return _Stream()
+        return self._current
 
-    def stream(self, stream: _Stream) -> Any:
-        return nullcontext()
+    @contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        before, self._current = self._current, stream
+        self.streams.add(stream)
+        try:
+            yield
+        finally:
+            self._current = before
+
+    def set_sync_debug_mode(self, mode: Literal["default", "error"]) -> None:
+        self._watching.close()
+        if mode == "error":
+            self._watching.enter_context(_RefusesToWait())  # type: ignore[no-untyped-call]
 
     def graph_pool_handle(self) -> object:
         return object()
 
     @contextmanager
-    def graph(self, graph: HostGraph, pool: object = None) -> Iterator[None]:
-        with _Recorder(graph):
-            yield
+    def graph(self, graph: HostGraph, pool: object, stream: _Stream) -> Iterator[None]:
+        before, self._current = self._current, stream
+        self.is_capturing = True
+        try:
+            with _Recorder(graph):
+                yield
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
+        finally:
+            self.is_capturing = False
+        self._current = before
 
     def mem_get_info(self, device: Any) -> tuple[int, int]:
         return self.total_bytes, self.total_bytes
