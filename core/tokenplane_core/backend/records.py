@@ -126,6 +126,7 @@ class LoadOptions:
     num_threads: int | None = None  # host threads the backend may compute with; None: decide yourself
     max_step_tokens: int | None = None  # the user's wish for Limits.max_step_tokens; a plugin may offer less
     max_sequences: int | None = None  # the user's wish for Limits.max_sequences; a plugin may offer less
+    graph_rows: tuple[int, ...] | None = None  # the user's wish for the rows of "soft" decode buckets; (): capture none
 
 
 # --- What the loaded model can do: Capabilities -------------------------------------------------------------
