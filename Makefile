@@ -17,7 +17,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # One computing thread for each test process: two would fight for the same cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install serve test test-main test-tpu check bench dist hardware-page clean
+.PHONY: help install serve test test-main test-kernels test-tpu check bench dist hardware-page clean
 
 help:
 	@sed -n '1p' Makefile
@@ -37,10 +37,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed $(OTHER_BACKENDS:%=%/pyproject.toml)
 serve: install
 	$(BIN)/tokenplane serve --model-id $(MODEL) --backend cpu --hostname $(HOST) --port $(PORT)
 
-test: test-main test-tpu
+test: test-main test-kernels test-tpu
 
 test-main: $(VENV)/.installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+# Every Triton kernel, compiled for cards that are not here: prints registers, spills and shared memory, fails beyond limits.
+test-kernels: $(VENV)/.installed-dev
+	TRITON_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m tokenplane_torch.triton.aot
 
 # XLA's CPU device stands in for a TPU; torch-xla needs another torch, hence another environment.
 $(TPU_VENV)/.installed: backends/tpu/tests/make_xla_cpu_env.py backends/tpu/pyproject.toml
