@@ -14,6 +14,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     backend: str  # entry-point name, already chosen
     device_index: int = 0  # already chosen
     device: Device | None = None  # as detect found it; None: no estimate before loading
+    memory_fraction: float = 1.0  # of the device's memory; the server takes at most so much
+    graph_rows: tuple[int, ...] | None = None  # LoadOptions.graph_rows
     num_threads: int | None = None
     max_step_tokens: int | None = None
     max_sequences: int | None = None
@@ -23,3 +25,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ageing_s: float = 10.0  # waiting this long is worth one priority level
     ready_timeout_s: float = 600.0  # from process start to the first Ready
     hang_timeout_s: float = 300.0  # silence after which a running engine counts as hung
+    json_log: bool = False  # the engine's log lines as JSON

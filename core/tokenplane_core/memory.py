@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from .backend.errors import OutOfMemory
+from .backend.errors import ConfigError, OutOfMemory
 from .backend.records import Capabilities, Device, KVLayout, LoadOptions, ModelSpec
 from .weight_files import DTYPE_BYTES, Weights
 
@@ -262,6 +262,24 @@ def _graphs_row(model: ModelSpec, most: int | None, sequences: int) -> MemoryRow
     count = min(most, sequences)
     why = f"{count} decode graphs of {model.num_layers} layers"
     return MemoryRow("graphs", count * model.num_layers * GRAPH_LAYER_BYTES, None, why)
+
+
+def share_of(device: Device, fraction: float) -> Device:
+    """The device as a server sees it that may take this share of its memory.
+
+    Raises:
+        ConfigError: it does not say how much memory it has.
+    """
+    if fraction == 1:
+        return device
+    if not device.memory_total_bytes:
+        raise ConfigError(
+            f"--cuda-memory-fraction is {fraction}, but {device.name} does not say how much memory it has;"
+            " bound the KV cache with --max-batch-total-tokens"
+        )
+    share = int(device.memory_total_bytes * fraction)
+    free = device.memory_free_bytes
+    return replace(device, memory_free_bytes=share if free is None else min(free, share))
 
 
 def measured_rows(plan: MemoryPlan, capabilities: Capabilities, layout: KVLayout) -> list[MemoryRow]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from .durations import Durations
 from .memory import MemoryRow
 
 FinishReason = Literal["length", "stop_token", "error"]
@@ -37,6 +38,13 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     processed_logprobs: bool = False  # of the distribution drawn from (TGI) instead of the model's (OpenAI)
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What the generated text must be. engine/grammar.py gives it its meaning; equal grammars are compiled once."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str  # a JSON Schema as JSON text; a regular expression for the whole text; a Lark grammar
+
+
 class Submit(msgspec.Struct, tag="submit", frozen=True, omit_defaults=True):
     """A request. `token_ids` is the prompt, then what was already generated if the request outlived its engine."""
 
@@ -47,6 +55,8 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, omit_defaults=True):
     sampling: SamplingParams = SamplingParams()
     stop_token_ids: list[int] = []
     priority: int = 0  # lower runs earlier; see scheduler.py for ageing
+    prompt_logprobs: bool = False  # computes the whole prompt: finds nothing in the prefix cache
+    grammar: Grammar | None = None
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
@@ -66,8 +76,9 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     error: str = ""  # with finish_reason "error": a sentence for the client
     error_field: str = ""  # the field at fault, if it was the request
-    queue_s: float | None = None  # in the first event: from arrival in the engine to the first step
+    queue_s: float | None = None  # in the first events, with tokens and without: from arrival to the first step
     num_cached_tokens: int = 0  # in the first event: prompt tokens that came from the prefix cache
+    prompt_logprobs: list[float] | None = None  # in the first event, if asked for: one per prompt token, NaN first
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -100,6 +111,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_request_tokens: int  # longest prompt + output that fits the cache
     max_prompt_tokens: int  # longest prompt the device can take in
     memory: list[MemoryRow]  # where the device's memory went, estimated and measured
+    prompt_logprobs: bool  # whether a request may ask for them
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -130,6 +142,14 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     padded_tokens: int = 0  # computed for nothing
     compiled_shapes: int = 0  # during steps; anything but 0 is a gap in the warm-up
     device_s: float = 0.0
+    max_batch_tokens: int = 0  # what the running requests may grow to, prompts included
+    steps_joined: int = 0  # in which new requests joined running ones
+    admitted: dict[int, int] = {}  # how often so many requests were taken from the queue at once
+    # Of steps, by "prefill" and "decode":
+    inference: dict[str, Durations] = {}  # from the launch until the output is read back
+    forward: dict[str, Durations] = {}  # as the backend reports it
+    commit: dict[str, Durations] = {}  # host work on the output: its tokens go to their sequences
+    publish: dict[str, Durations] = {}  # telling the clients
 
 
 class Fatal(msgspec.Struct, tag="fatal", frozen=True):

@@ -11,6 +11,7 @@ from .backend.errors import InvalidRequest
 from .messages import EngineInfo, SamplingParams, Submit
 
 MAX_LOGPROBS = 1000
+MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_BIAS = 1e9
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing float32 logits by them overflows, and the draw is settled anyway."""
@@ -71,10 +72,17 @@ def request_refusal(request: Submit, vocab_size: int, max_request_tokens: int) -
             "max_new_tokens",
             f"the prompt has {prompt} tokens and max_new_tokens is {new}; together they may be {max_request_tokens}",
         )
+    size = len(request.grammar.source.encode("utf-8", "surrogatepass")) if request.grammar else 0
+    if size > MAX_GRAMMAR_BYTES:
+        return "grammar", f"the grammar takes {size:,} bytes, the limit is {MAX_GRAMMAR_BYTES:,}"
     banned_ids = set(request.stop_token_ids) if request.sampling.min_new_tokens > 0 else set()
     if len(banned_ids | request.sampling.logit_bias.keys()) >= vocab_size:
         return "sampling.min_new_tokens", "min_new_tokens and logit_bias leave no token to draw"
     return sampling_refusal(request.sampling, vocab_size)
+
+
+def no_prompt_logprobs(backend: str) -> Refusal:
+    return "prompt_logprobs", f"{backend} cannot tell the log-probabilities of a prompt; leave the option out"
 
 
 def check_request(request: Submit, info: EngineInfo) -> None:
@@ -90,6 +98,8 @@ def check_request(request: Submit, info: EngineInfo) -> None:
     elif refusal is None and 0 <= info.max_top_logprobs < request.sampling.num_logprobs:
         asked = request.sampling.num_logprobs
         refusal = "sampling.num_logprobs", f"num_logprobs is {asked}, the limit is {info.max_top_logprobs}"
+    elif refusal is None and request.prompt_logprobs and not info.prompt_logprobs:
+        refusal = no_prompt_logprobs(info.backend)
     if refusal is not None:
         field, why = refusal
         raise InvalidRequest(why, field)

@@ -31,6 +31,7 @@ from tokenplane_core.kit.simulated import (
     SimulatedNeuron,
     SimulatedTpu,
     oracle,
+    oracle_logprobs,
 )
 from tokenplane_core.model import describe_model
 
@@ -130,7 +131,33 @@ def short_memory(device: SimulatedBackend, batch: Batch) -> Batch:
     return batch
 
 
+def successor_off_by_one(device: SimulatedBackend, batch: Batch) -> Batch:
+    """A prompt token's log-probability is taken for the token after it."""
+    if isinstance(batch, DecodeBatch) or batch.next_token_ids is None:
+        return batch
+    wanted = batch.next_token_ids >= 0
+    moved = batch.next_token_ids.copy()
+    moved[wanted] = np.roll(moved[wanted], -1)
+    return replace(batch, next_token_ids=moved)
+
+
+def border_forgotten(device: SimulatedBackend, batch: Batch) -> Batch:
+    """The first token of a chunk that continues a prompt gets the log-probability of another id."""
+    if isinstance(batch, DecodeBatch) or batch.next_token_ids is None:
+        return batch
+    moved = batch.next_token_ids.copy()
+    for i in range(batch.num_rows):
+        start = batch.row_starts[i]
+        if batch.context_lens[i] > 0 and moved[start] >= 0:
+            moved[start] = (moved[start] + 1) % 100
+    return replace(batch, next_token_ids=moved)
+
+
 PLANTS = [
+    (successor_off_by_one, SimulatedCuda, "prompt_logprobs_are_right"),
+    (successor_off_by_one, SimulatedGaudi, "prompt_logprobs_are_right"),
+    (border_forgotten, SimulatedCuda, "prompt_logprobs_do_not_depend_on_circumstances"),
+    (border_forgotten, SimulatedTpu, "prompt_logprobs_outlive_preemption"),
     (rows_share_parameters, SimulatedCuda, "sampler_keeps_the_law"),
     (short_memory, SimulatedCuda, "text_is_right"),
     (swapped_block, SimulatedCuda, "decode_equals_prefill"),
@@ -156,6 +183,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 @pytest.mark.parametrize(("change", "base", "law_name"), PLANTS)
 def test_a_law_catches(change: Change, base: type[SimulatedBackend], law_name: str, model: ModelSpec) -> None:
     reference = partial(oracle, vocab_size=model.vocab_size)
+    logprobs = partial(oracle_logprobs, vocab_size=model.vocab_size)
     with pytest.raises(AssertionError):
-        LAWS[law_name](Subject("planted", planted(base, change), model, reference))
-    LAWS[law_name](Subject("sound", base, model, reference))
+        LAWS[law_name](Subject("planted", planted(base, change), model, reference, logprobs))
+    LAWS[law_name](Subject("sound", base, model, reference, logprobs))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,6 +20,7 @@ from tokenplane_core.kit.simulated import (
     SimulatedNeuron,
     SimulatedTpu,
     oracle,
+    oracle_logprobs,
 )
 
 VOCAB = 89
@@ -98,8 +101,36 @@ def test_every_request_gets_its_text_and_every_block_comes_back(
     assert engine.engine.stats.num_running == engine.engine.stats.num_waiting == 0
 
 
-def play(engine: LocalEngine, load: list[Arrival]) -> list[str]:
-    """Run a load to its end; the ids of its requests."""
+@pytest.mark.parametrize("card", [SimulatedCuda, SimulatedTpu, SimulatedGaudi], ids=lambda card: card.profile.name)
+@given(
+    load=st.lists(arrivals, min_size=1, max_size=8),
+    kv_cache_tokens=st.sampled_from([256, 512]),
+    max_step_tokens=st.sampled_from([32, 100, None]),
+    wanted=st.sets(st.integers(0, 7)),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_prompt_logprobs_are_told_once_and_complete(
+    card: type[SimulatedBackend],
+    load: list[Arrival],
+    kv_cache_tokens: int,
+    max_step_tokens: int | None,
+    wanted: set[int],
+) -> None:
+    engine = LocalEngine(
+        card, MODEL, card.profile.name, max_step_tokens=max_step_tokens, kv_cache_tokens=kv_cache_tokens
+    )
+    ids = play(engine, load, wanted)
+    for i, (request_id, arrival) in enumerate(zip(ids, load, strict=True)):
+        outcome = engine.outcomes[request_id]
+        if i not in wanted or not outcome.token_ids:
+            assert outcome.prompt_logprobs is None
+        else:
+            assert outcome.prompt_logprobs is not None and math.isnan(outcome.prompt_logprobs[0])
+            assert outcome.prompt_logprobs[1:] == pytest.approx(oracle_logprobs(arrival.prompt, VOCAB))
+
+
+def play(engine: LocalEngine, load: list[Arrival], prompt_logprobs: Set[int] = frozenset()) -> list[str]:
+    """Run a load to its end; the ids of its requests. prompt_logprobs: the numbers of those that want them."""
     ids: list[str] = []
     cancels: dict[int, list[str]] = {}
     step = 0
@@ -107,7 +138,8 @@ def play(engine: LocalEngine, load: list[Arrival]) -> list[str]:
         for _ in range(arrival.steps_before):
             advance(engine, cancels, step)
             step += 1
-        ids.append(engine.submit(arrival.prompt, arrival.new_tokens, priority=arrival.priority))
+        wants = len(ids) in prompt_logprobs
+        ids.append(engine.submit(arrival.prompt, arrival.new_tokens, priority=arrival.priority, prompt_logprobs=wants))
         if arrival.cancel_after is not None:
             cancels.setdefault(step + arrival.cancel_after, []).append(ids[-1])
     while not engine.is_idle or any(when >= step for when in cancels):

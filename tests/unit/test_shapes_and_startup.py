@@ -10,8 +10,9 @@ from tokenplane_core.backend.errors import ConfigError, OutOfMemory
 from tokenplane_core.backend.records import Bucket, Capabilities, KVSpec, Limits, LoadOptions, ModelSpec, ShapePolicy
 from tokenplane_core.config import EngineConfig
 from tokenplane_core.engine.shapes import Extent, ShapeTable
-from tokenplane_core.engine.startup import size_cache
+from tokenplane_core.engine.startup import size_cache, within_share
 from tokenplane_core.kit.simulated import SimulatedCuda, SimulatedNeuron
+from tokenplane_core.memory import share_of
 
 MODEL = ModelSpec("m", "", None, "", {}, 1, 1, 1, 8, 89, 256, "float32")
 LIMITS = Limits(max_sequences=64, max_step_tokens=48, max_model_tokens=320, max_prefill_rows=64)
@@ -89,3 +90,23 @@ def test_what_does_not_fit_is_refused_with_numbers_and_the_flag() -> None:
     ):
         with pytest.raises(ConfigError, match=f"{flag} is 0; at least 1"):
             size_cache(caps, config(**{name: 0}))
+
+
+def test_a_share_of_the_memory_holds_weights_reserves_and_cache() -> None:
+    """`--cuda-memory-fraction`: the cache gets what weights and reserves leave of the share, or of what is free."""
+    caps = capabilities(SimulatedCuda, budget_bytes=600)
+    caps = replace(
+        caps, weights_bytes=200, reserved_bytes={"graphs": 50}, device=replace(caps.device, memory_total_bytes=1000)
+    )
+    budgets = {share: within_share(caps, share).kv.budget_bytes for share in (1, 0.9, 0.5, 0.25, 0.1)}
+    assert budgets == {1: 600, 0.9: 600, 0.5: 250, 0.25: 0, 0.1: 0}
+
+
+def test_the_plan_of_a_share_sees_a_smaller_device() -> None:
+    device = replace(capabilities(SimulatedCuda, 64).device, memory_total_bytes=1000, memory_free_bytes=700)
+    assert share_of(device, 1) is device
+    assert share_of(device, 0.5).memory_free_bytes == 500
+    assert share_of(device, 0.9).memory_free_bytes == 700
+    assert share_of(replace(device, memory_free_bytes=None), 0.9).memory_free_bytes == 900
+    with pytest.raises(ConfigError, match=r"--cuda-memory-fraction is 0\.5"):
+        share_of(replace(device, memory_total_bytes=0), 0.5)

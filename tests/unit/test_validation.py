@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenplane_core.backend.records import ModelSpec
-from tokenplane_core.kit.runner import LocalEngine
+from tokenplane_core.kit.runner import LocalEngine, Outcome
 from tokenplane_core.kit.simulated import SimulatedCuda, SimulatedNeuron
 from tokenplane_core.messages import SamplingParams, Submit
 from tokenplane_core.validation import request_refusal, sampling_refusal
@@ -79,6 +79,23 @@ def test_stop_ids_beyond_the_vocabulary_do_no_harm() -> None:
     request = engine.submit([1, 2], 4, SamplingParams(min_new_tokens=2), stop_token_ids=[VOCAB + 7, 10**6])
     engine.run()
     assert len(engine.outcomes[request].token_ids) == 4
+
+
+def test_prompt_logprobs_are_refused_where_the_device_cannot_tell_them() -> None:
+    engine = LocalEngine(SimulatedNeuron, MODEL)
+    request = engine.submit([1, 2], 4, prompt_logprobs=True)
+    engine.run()
+    outcome = engine.outcomes[request]
+    assert outcome.finish_reason == "error" and "simulated-neuron cannot tell" in outcome.error
+
+
+def test_a_request_that_outlived_its_engine_is_not_told_its_prompt_again() -> None:
+    engine = LocalEngine(SimulatedCuda, MODEL)
+    engine.outcomes["r"] = Outcome()
+    engine.engine._take(0, Submit("r", [1, 2, 3], 4, num_prompt_tokens=2, prompt_logprobs=True))
+    engine.run()
+    assert engine.outcomes["r"].prompt_logprobs is None
+    assert len(engine.outcomes["r"].token_ids) == 3
 
 
 edge = st.sampled_from([0.0, 1e-45, 1e-9, 1e-5, 0.5, 1.0, 2.0, 1e3, 1e9, 1e38, -1.0, math.nan, math.inf, -math.inf])

@@ -14,7 +14,13 @@ import pytest
 import torch
 
 import tokenplane_cpu
-from tokenplane_core.backend.errors import BackendUnavailable, ContractViolation, OutOfMemory, UnsupportedModel
+from tokenplane_core.backend.errors import (
+    BackendUnavailable,
+    ConfigError,
+    ContractViolation,
+    OutOfMemory,
+    UnsupportedModel,
+)
 from tokenplane_core.backend.hookspecs import REQUIRED_HOOKS, BackendHooks
 from tokenplane_core.backend.records import (
     CONTRACT_VERSION,
@@ -107,6 +113,14 @@ def test_a_cache_that_does_not_fit_is_refused_and_a_smaller_one_works(backend: L
 def test_another_block_size_is_a_violation(backend: Loaded) -> None:
     with pytest.raises(ContractViolation, match="block_tokens is 16, declared was 32"):
         backend[0].kv_alloc(KVLayout(8, 16, 4, 8))
+
+
+def test_kernels_that_a_cpu_does_not_have_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENPLANE_ATTENTION", "flashinfer")
+    with pytest.raises(ConfigError, match=r"--attention.*'flashinfer'.*'torch'"):
+        CpuBackend().load(describe_model(checkpoint), LoadOptions())
+    monkeypatch.setenv("TOKENPLANE_ATTENTION", "torch")
+    assert CpuBackend().load(describe_model(checkpoint), LoadOptions()).kernels["attention"].startswith("torch")
 
 
 def test_a_device_that_is_not_there(checkpoint: Path) -> None:

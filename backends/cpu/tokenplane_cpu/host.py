@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 
+from tokenplane_core.backend.errors import ConfigError
+from tokenplane_torch.choice import ONLY
 from tokenplane_torch.device import TorchDevice
 from tokenplane_torch.kernels import AttentionKernels, LayerNeed
 
 from .attention import kernels
 from .device import headroom_bytes, read_memory
+
+NAME = "torch"  # as users name the kernels
 
 
 class HostDevice(TorchDevice):
@@ -24,6 +29,8 @@ class HostDevice(TorchDevice):
         return torch.device("cpu")
 
     def kernels(self, needs: Sequence[LayerNeed]) -> AttentionKernels:
+        if os.environ.get(ONLY, NAME) != NAME:
+            raise ConfigError(f"{ONLY} (--attention) is {os.environ[ONLY]!r}; the only kernels for a CPU are {NAME!r}")
         return kernels()
 
     def free_bytes(self) -> int:

@@ -94,6 +94,8 @@ class TorchBackend(ABC):
             weights_bytes=loaded.weights_bytes,
             reserved_bytes=loaded.reserved_bytes,
             kernels=loaded.kernels,
+            # A padded prefill computes logits of each row's last token alone.
+            prompt_logprobs=all(bucket.phase == "decode" for bucket in loaded.shapes.buckets),
         )
 
     @hookimpl

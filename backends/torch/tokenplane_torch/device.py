@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenplane_core.backend.records import Offer, SamplingCaps, ShapePolicy
+from tokenplane_core.backend.records import SAMPLING_FEATURES, Offer, SamplingCaps, ShapePolicy
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class TorchDevice(ABC):
     max_table_entries: int | None = None
     builds_kernels: bool = False  # ragged steps may meet a kernel that is not compiled yet
     tables_on_device: bool = False  # compiled steps look blocks up in a table that the device keeps
-    sampling = SamplingCaps()
+    sampling = SamplingCaps(SAMPLING_FEATURES)
 
     @property
     @abstractmethod

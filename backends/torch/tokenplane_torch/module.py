@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import Step
+
+MOST_SCORED_TOKENS = 64
+"""Logits of so many tokens are held at a time where only log-probabilities are wanted: a whole prompt's could be
+gigabytes."""
 
 
 class DecoderModule:
@@ -31,3 +39,50 @@ class DecoderModule:
         )
         logits: Tensor = out.logits[0]
         return logits if self._keeps_logits else logits[wanted]
+
+    def logits_and_scores(
+        self, token_ids: Tensor, positions: Tensor, wanted: Tensor, step: Step, after: Tensor, next_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`logits`, and the log-probabilities f32 [p] of the tokens `next_ids` after the tokens `after`.
+
+        The decoder runs once. The way from its output to logits, which models have in their own manner (scaled,
+        capped), runs again for a piece of `after` at a time, with a decoder that answers what it has answered before.
+
+        Shapes:
+            as `logits`; after i64 [p] indices into token_ids, next_ids i64 [p].
+        """
+        with _remembering(self.module.get_decoder()):
+            logits = self.logits(token_ids, positions, wanted, step)
+            scores = [
+                _logprobs(self.logits(token_ids, positions, some, step), ids)
+                for some, ids in zip(
+                    torch.split(after, MOST_SCORED_TOKENS), torch.split(next_ids, MOST_SCORED_TOKENS), strict=True
+                )
+            ]
+        return logits, torch.cat(scores)
+
+
+def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """[p, vocab], i64 [p] -> f32 [p]"""
+    return logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+@contextlib.contextmanager
+def _remembering(decoder: torch.nn.Module) -> Iterator[None]:
+    """Inside, the module computes once; whatever it is called with afterwards, it returns that."""
+    compute = decoder.forward
+    outputs: list[Any] = []
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        if not outputs:
+            outputs.append(compute(*arguments, **options))
+        return outputs[0]
+
+    own = vars(decoder).get("forward")
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own

@@ -130,7 +130,8 @@ class ModelRunner:
         new = batch.num_new_tokens[: batch.num_rows]
         packed_starts = np.cumsum(new) - new
         source = np.repeat(batch.row_starts[: batch.num_rows] - packed_starts, new) + np.arange(new.sum())
-        return self._run_packed(batch, batch.token_ids[source], new, sampled, sampling, clock)
+        following = None if batch.next_token_ids is None else batch.next_token_ids[source]
+        return self._run_packed(batch, batch.token_ids[source], new, sampled, sampling, clock, following)
 
     @torch.inference_mode()
     def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
@@ -151,8 +152,12 @@ class ModelRunner:
         sampled: NDArray[np.int64],
         sampling: SamplingBatch,
         clock: StepClock,
+        following: I32 | None = None,
     ) -> StepHandle:
-        """Compute the packed tokens i32 [t] of the real rows, of which row i has new[i]."""
+        """Compute the packed tokens i32 [t] of the real rows, of which row i has new[i].
+
+        following: i32 [t] tokens whose log-probabilities are wanted, -1 where none is; see PrefillBatch.
+        """
         slots, context_lens = batch.slots[: batch.num_rows], batch.context_lens[: batch.num_rows]
         draws = np.isin(np.arange(batch.num_rows), sampled)
         plan = plan_step(
@@ -166,7 +171,12 @@ class ModelRunner:
         )
         resolved = self._slots.enter(self.device.upload(np.repeat(slots, new)), plan.positions, plan.token_ids)
         step = PagedStep(plan, self.layers, self.kernels)
-        logits = self.module.logits(resolved, plan.positions, plan.logits_index, step)
+        arguments = (resolved, plan.positions, plan.logits_index, step)
+        logits, scores = (
+            (self.module.logits(*arguments), None)
+            if following is None
+            else self.module.logits_and_scores(*arguments, *self._scored(following))
+        )
         return self._sample(
             batch,
             logits,
@@ -176,7 +186,12 @@ class ModelRunner:
             sampling,
             clock,
             self._executor.compiled,
+            scores,
         )
+
+    def _scored(self, following: I32) -> tuple[Tensor, Tensor]:
+        after = np.flatnonzero(following >= 0)
+        return self.device.upload(after), self.device.upload(following[after].astype(np.int64))
 
     def _run_padded(
         self, batch: Batch, sampled: NDArray[np.int64], sampling: SamplingBatch, clock: StepClock
@@ -201,19 +216,30 @@ class ModelRunner:
         sampling: SamplingBatch,
         clock: StepClock,
         compiled_before: int,
+        scores: Tensor | None = None,
     ) -> StepHandle:
-        """Draw for the `rows` of the logits, whose sequences sit in `slots` and have `lengths` tokens by now."""
+        """Draw for the `rows` of the logits, whose sequences sit in `slots` and have `lengths` tokens by now.
+
+        scores: the step's prompt logprobs, to be handed on.
+        """
         number = batch.head.step
         if not self.sampler.fixed_shape:
             logits, rows = self._only(logits, rows), np.arange(len(rows))
+        scored = [] if scores is None else [scores]
         if sampling.return_logits:
 
             def raw(arrays: list[NDArray[Any]], seconds: float) -> StepOutput:
+                prompt_logprobs = arrays.pop() if scored else None
                 return StepOutput(
-                    number, np.zeros(0, np.int32), logits=arrays[0][rows], device_s=seconds, compiled=compiled
+                    number,
+                    np.zeros(0, np.int32),
+                    logits=arrays[0][rows],
+                    device_s=seconds,
+                    compiled=compiled,
+                    prompt_logprobs=prompt_logprobs,
                 )
 
-            pending = clock.read_back([logits.float()])
+            pending = clock.read_back([logits.float(), *scored])
             compiled = self._executor.compiled - compiled_before
             return TorchStep(pending, raw)
         penalised = np.flatnonzero(needs_history(sampling))
@@ -222,11 +248,21 @@ class ModelRunner:
         self._note_drawn(drawn.token_ids, rows, slots, lengths)
 
         def output(arrays: list[NDArray[Any]], seconds: float) -> StepOutput:
+            prompt_logprobs = arrays.pop() if scored else None
             token_ids, *logprobs = (array[rows] for array in arrays)
             logprob, top_ids, top_logprobs, *_ = (*logprobs, None, None, None)
-            return StepOutput(number, token_ids, logprob, top_ids, top_logprobs, device_s=seconds, compiled=compiled)
+            return StepOutput(
+                number,
+                token_ids,
+                logprob,
+                top_ids,
+                top_logprobs,
+                device_s=seconds,
+                compiled=compiled,
+                prompt_logprobs=prompt_logprobs,
+            )
 
-        pending = clock.read_back(drawn.tensors())
+        pending = clock.read_back([*drawn.tensors(), *scored])
         compiled = self._executor.compiled - compiled_before
         return TorchStep(pending, output)
 

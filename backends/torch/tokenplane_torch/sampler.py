@@ -100,10 +100,11 @@ class TorchSampler:
     def draw(self, logits: Tensor, rows: NDArray[np.int64], batch: SamplingBatch, histories: Histories | None) -> Drawn:
         greedy = batch.temperature == 0
         if greedy.all() and batch.num_logprobs.max(initial=-1) < 0 and not batch.features & _ADJUSTMENTS:
-            return Drawn(logits.argmax(-1))
-        if self._fast_draw is not None and batch.features <= _FAST | {"logprobs"}:
-            token_ids = self._fast_draw(logits, *self._parameters(batch))
-            return Drawn(token_ids, *_logprobs(logits, logits, token_ids, batch, self._upload))
+            return Drawn(masked(logits, batch, self._upload).argmax(-1))
+        if self._fast_draw is not None and batch.features <= _FAST | {"logprobs", "mask"}:
+            allowed = masked(logits, batch, self._upload)
+            token_ids = self._fast_draw(allowed, *self._parameters(batch))
+            return Drawn(token_ids, *_logprobs(logits, allowed, token_ids, batch, self._upload))
         return sample(logits, batch, histories, self._upload)
 
     def warm(self, logits: Tensor) -> Iterable[Drawn]:
@@ -184,9 +185,22 @@ def sample(logits: Tensor, batch: SamplingBatch, histories: Histories | None, up
     return Drawn(token_ids, *_logprobs(raw, warped, token_ids, batch, upload))
 
 
+def masked(logits: Tensor, batch: SamplingBatch, upload: Upload) -> Tensor:
+    """Step 0: [n, vocab] logits with -inf for what the masks forbid, in a new tensor if there are masks."""
+    if batch.mask is None:
+        return logits
+    words = upload(batch.mask.words().view(np.int32))  # torch has few operations for u32; the bits are the same
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
+    if len(allowed) == len(logits):
+        return logits.masked_fill(~allowed, -torch.inf)
+    rows = upload(batch.mask.rows.astype(np.int64))
+    return logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
+
+
 def _adjust(raw: Tensor, batch: SamplingBatch, histories: Histories | None, upload: Upload) -> Tensor:
-    """Steps 1 to 3, bias and penalties, into a new tensor."""
-    out = raw.clone()
+    """Steps 0 to 3, mask, bias and penalties, into a new tensor."""
+    out = raw.clone() if batch.mask is None else masked(raw, batch, upload)
     if len(batch.bias_ids):
         rows = np.repeat(np.arange(len(batch)), np.diff(batch.bias_starts))
         ids = (upload(rows), upload(batch.bias_ids).long())

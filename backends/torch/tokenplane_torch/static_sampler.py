@@ -1,9 +1,9 @@
 """Sampling for devices that compile: programs of fixed shape draw for every row of the logits.
 
 Greedy, temperature, top_k, top_p, min_p and the drawn token's logprob, by the published law
-(tokenplane_core/backend/sampling.py), with the uniform numbers computed on the host. What depends on more (a bias,
-penalties, typical_p, the best tokens' logprobs) the core draws from returned logits. Nothing here synchronises, and no
-shape depends on a value.
+(tokenplane_core/backend/sampling.py), with the uniform numbers computed on the host. What depends on more (a mask, a
+bias, penalties, typical_p, the best tokens' logprobs) the core draws from returned logits. Nothing here synchronises,
+and no shape depends on a value.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StaticSampler:
 
     def describe(self) -> str:
         sums = "" if self._sums is torch.float64 else ", sums in float32"
-        return f"torch, fixed shape{sums}; bias, penalties, typical_p and top logprobs on the host"
+        return f"torch, fixed shape{sums}; masks, bias, penalties, typical_p and top logprobs on the host"
 
     def draw(self, logits: Tensor, rows: NDArray[np.int64], batch: SamplingBatch, histories: Histories | None) -> Drawn:
         """For all r rows of the logits; what it draws for those that `rows` does not name means nothing."""

@@ -18,7 +18,7 @@ A field arrives with the feature that needs it, together with a law in the confo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
+U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 Bool = NDArray[np.bool_]
 
@@ -198,16 +199,20 @@ SAMPLING_FEATURES = frozenset(
         "logit_bias",
         "logprobs",
         "processed_logprobs",
+        "mask",
     }
 )
 """Every name SamplingCaps.features may hold. Greedy needs no name: every backend can take an argmax."""
+
+_UNCLAIMED = frozenset({"mask"})
+"""Features younger than contract 0.1: who leaves SamplingCaps.features at its default may have been written before."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingCaps:
     """What the device samples itself. For the rest the core asks for logits and samples on the host."""
 
-    features: frozenset[str] = SAMPLING_FEATURES
+    features: frozenset[str] = SAMPLING_FEATURES - _UNCLAIMED
     max_top_k: int | None = None  # None: up to the vocabulary
     max_top_logprobs: int | None = None
     returns_logits: bool = True  # False: what the device cannot do is refused at the door
@@ -231,6 +236,7 @@ class Capabilities:
     weights_bytes: int = 0
     reserved_bytes: Mapping[str, int] = field(default_factory=dict)  # set aside besides weights and cache, by piece
     kernels: Mapping[str, str] = field(default_factory=dict)  # piece -> which implementation and why
+    prompt_logprobs: bool = False  # False: PrefillBatch.next_token_ids never comes, who asks is refused at the door
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +307,9 @@ class PrefillBatch:
     token_ids: I32  # i32 [row_starts[-1]], TOKEN_ON_DEVICE allowed in decode rows
     sample: Bool  # bool [rows] True: draw a token after the row's last token
     bucket: Bucket | None
+    # i32 [row_starts[-1]] the prompt token that follows a token, where its log-probability is wanted, else -1.
+    # None: nowhere.
+    next_token_ids: I32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +322,18 @@ class DecodeBatch:
     token_ids: I32  # i32 [rows], TOKEN_ON_DEVICE allowed
     context_lens: I32  # i32 [rows] tokens in the cache before this step
     bucket: Bucket | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMask:
+    """Which ids some rows of a SamplingBatch may draw, as a grammar demands.
+
+    `words()` builds the mask on the host when it is first called, and gives the same array each time. Call it after the
+    step's forward pass is launched: then the device computes meanwhile.
+    """
+
+    rows: I32  # i32 [m] rows of the SamplingBatch, rising; all others may draw any id
+    words: Callable[[], U32]  # u32 [m, ceil(vocab / 32)] bit t % 32 of word t // 32 is 1: id t is allowed; one at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +361,7 @@ class SamplingBatch:
     num_logprobs: I32  # i32 [n] -1: none; 0: of the drawn token; k: also of the k best
     processed_logprobs: Bool  # bool [n] True: of the distribution drawn from; False: of the raw logits
     return_logits: bool = False  # draw nothing, return the raw logits: the core samples on the host
+    mask: TokenMask | None = None  # "mask" is then in features
 
     def __len__(self) -> int:
         return len(self.temperature)
@@ -357,6 +379,7 @@ class StepOutput:
     logits: F32 | None = None  # f32 [n, vocab] raw
     device_s: float = 0.0  # seconds the device was busy with this step
     compiled: int = 0  # shapes compiled during the step; 0 after warm-up
+    prompt_logprobs: F32 | None = None  # f32 [p] by the raw logits, one for each next_token_ids >= 0, in their order
 
 
 class StepHandle(Protocol):

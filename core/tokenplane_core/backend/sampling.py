@@ -5,6 +5,7 @@ sample what a request asks for.
 
 Order, per row, on float32 logits:
 
+0. ids that the row's mask does not allow become -inf, and nothing below brings them back: a mask is never violated
 1. logit bias is added (-inf bans an id)
 2. repetition penalty: logits of ids seen in prompt or output are divided by it if positive, else multiplied
    (CTRL, arXiv 1909.05858)
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .records import F32, I32, I64, U64, SamplingBatch
+from .records import F32, I32, I64, U32, U64, Bool, SamplingBatch
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -117,9 +118,18 @@ def _softmax(logits: F32) -> F32:
     return probabilities
 
 
+def allowed_ids(words: U32, vocab_size: int) -> Bool:
+    """A mask's words u32 [..., ceil(vocab / 32)] as bool [..., vocab]."""
+    little = np.ascontiguousarray(words, "<u4")
+    return np.unpackbits(little.view(np.uint8), axis=-1, bitorder="little", count=vocab_size).view(np.bool_)
+
+
 def _adjust(logits: F32, batch: SamplingBatch, i: int, history: History) -> F32:
-    """Steps 1 to 3: bias and penalties."""
+    """Steps 0 to 3: mask, bias and penalties."""
     out = logits.astype(np.float32, copy=True)
+    if batch.mask is not None and i in batch.mask.rows:
+        row = int(np.searchsorted(batch.mask.rows, i))
+        out[~allowed_ids(batch.mask.words()[row], len(out))] = -np.inf
     start, end = batch.bias_starts[i], batch.bias_starts[i + 1]
     np.add.at(out, batch.bias_ids[start:end], batch.bias_values[start:end])
     if batch.repetition_penalty[i] != 1:

@@ -16,9 +16,11 @@ from ..backend.records import (
     SamplingBatch,
     SlotOpen,
     StepHead,
+    TokenMask,
 )
 from ..backend.sampling import History
-from ..messages import SamplingParams
+from ..messages import SamplingParams, Submit
+from .grammar import GuidedRow, banned_by
 from .scheduler import Plan, Row
 from .sequence import Sequence
 
@@ -48,6 +50,11 @@ def features_of(params: SamplingParams) -> frozenset[str]:
     return frozenset(used)
 
 
+def asked_of_sampler(request: Submit) -> frozenset[str]:
+    """Names from SAMPLING_FEATURES that a request uses."""
+    return features_of(request.sampling) | ({"mask"} if request.grammar else frozenset())
+
+
 class Batcher:
     """Builds records and remembers what the backend's slots already know.
 
@@ -73,11 +80,13 @@ class Batcher:
         """The sequence in this slot is gone: the next head says so."""
         self._closed.append(slot)
 
-    def build(self, plan: Plan, return_logits: bool) -> tuple[PrefillBatch | DecodeBatch, SamplingBatch]:
-        """Records for a plan that the scheduler has just launched."""
+    def build(
+        self, plan: Plan, return_logits: bool, mask: TokenMask | None = None
+    ) -> tuple[PrefillBatch | DecodeBatch, SamplingBatch]:
+        """Records for a plan that the scheduler has just launched. mask: of its sampled rows (`guided_rows`)."""
         head = self._head(plan.rows)
         batch = self._prefill(plan, head) if plan.phase == "prefill" else self._decode(plan, head)
-        return batch, self._sampling([row for row in plan.rows if row.sample], return_logits)
+        return batch, self._sampling([row for row in plan.rows if row.sample], return_logits, mask)
 
     def _head(self, rows: Rows[Row]) -> StepHead:
         """Everything that changed since the last call."""
@@ -140,6 +149,7 @@ class Batcher:
             token_ids=token_ids,
             sample=_padded([row.sample for row in plan.rows], rows).astype(np.bool_),
             bucket=plan.bucket,
+            next_token_ids=_next_token_ids(plan.rows, starts),
         )
 
     def _decode(self, plan: Plan, head: StepHead) -> DecodeBatch:
@@ -156,12 +166,12 @@ class Batcher:
     def _slots(self, rows: Rows[Row], length: int) -> I32:
         return _padded([row.sequence.slot for row in rows], length, self._layout.pad_slot)
 
-    def _sampling(self, rows: Rows[Row], return_logits: bool) -> SamplingBatch:
+    def _sampling(self, rows: Rows[Row], return_logits: bool, mask: TokenMask | None) -> SamplingBatch:
         slots = np.array([row.sequence.slot for row in rows], np.intp)
         starts, ids, values = _biases(rows, self._features, self._vocab_size)
         floats = {name: column[slots] for name, column in self._floats.items()}
         return SamplingBatch(
-            features=frozenset().union(*{self._features[slot] for slot in slots.tolist()}),
+            features=frozenset({"mask"} if mask else ()).union(*{self._features[slot] for slot in slots.tolist()}),
             top_k=self._top_k[slots],
             seeds=self._seeds[slots],
             positions=np.array([row.start_tokens + row.num_tokens for row in rows], np.int64),
@@ -171,8 +181,22 @@ class Batcher:
             num_logprobs=self._num_logprobs[slots],
             processed_logprobs=self._processed[slots],
             return_logits=return_logits,
+            mask=mask,
             **floats,
         )
+
+
+def guided_rows(plan: Plan, vocab_size: int) -> list[GuidedRow]:
+    """Which of the plan's sampled rows follow a grammar. Needs every token of theirs to be known."""
+    out = []
+    for i, row in enumerate(row for row in plan.rows if row.sample):
+        sequence = row.sequence
+        if sequence.guide is not None:
+            assert row.start_tokens + row.num_tokens == len(sequence.token_ids), "a guide is behind its tokens"
+            may_stop = sequence.num_generated_tokens >= sequence.sampling.min_new_tokens
+            stops = [token_id for token_id in sequence.stop_token_ids if 0 <= token_id < vocab_size]
+            out.append(GuidedRow(i, sequence.guide, stops, banned_by(sequence.sampling), may_stop))
+    return out
 
 
 def histories(rows: Rows[Row]) -> list[History]:
@@ -192,6 +216,24 @@ def _tokens(row: Row) -> I32:
     known = row.sequence.token_ids[row.start_tokens : row.start_tokens + row.num_tokens]
     out = np.full(row.num_tokens, TOKEN_ON_DEVICE, np.int32)
     out[: len(known)] = known
+    return out
+
+
+def num_prompt_logprobs(row: Row) -> int:
+    """How many log-probabilities of prompt tokens the row computes: one after each token that has such a successor."""
+    sequence = row.sequence
+    if sequence.prompt_logprobs is None:
+        return 0
+    return max(0, min(row.num_tokens, sequence.num_prompt_tokens - 1 - row.start_tokens))
+
+
+def _next_token_ids(rows: Rows[Row], row_starts: I32) -> I32 | None:
+    if not any(map(num_prompt_logprobs, rows)):
+        return None
+    out = np.full(row_starts[-1], -1, np.int32)
+    for row, at in zip(rows, row_starts, strict=False):
+        count, first = num_prompt_logprobs(row), row.start_tokens + 1
+        out[at : at + count] = row.sequence.token_ids[first : first + count]
     return out
 
 

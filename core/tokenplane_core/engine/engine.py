@@ -6,9 +6,11 @@ Knows the scheduler, the backend's hooks and token ids. It does not know sockets
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -18,11 +20,19 @@ from ..backend.plugins import Backend
 from ..backend.records import Capabilities, DecodeBatch, KVLayout, SamplingBatch, SamplingCaps, StepHandle, StepOutput
 from ..backend.sampling import sample
 from ..messages import Cancel, FinishReason, SamplingParams, Stats, Submit, ToEngine, TokenEvent
-from ..validation import GREEDY_BELOW, request_refusal
-from .batching import Batcher, features_of, histories
+from ..validation import GREEDY_BELOW, no_prompt_logprobs, request_refusal
+from .batching import Batcher, asked_of_sampler, guided_rows, histories, num_prompt_logprobs
+from .grammar import NO_MASKS, Grammars, Guide, PendingMasks, StepMasks
+from .grammar_check import GrammarError
 from .kv_cache import BlockPool
 from .scheduler import MustDrain, Plan, Scheduler
 from .sequence import Sequence, State
+from .step_times import StepTimes
+
+log = logging.getLogger("tokenplane.engine")
+
+COMPILE_POLL_S = 0.002
+"""An engine that has nothing to do but wait for a grammar looks for messages this often."""
 
 Receive = Callable[[bool], Iterable[tuple[int, ToEngine]]]
 """Called with True when the engine is idle and may wait a while; yields (client, message)."""
@@ -38,10 +48,17 @@ class InFlight:
     handle: StepHandle
     sampling: SamplingBatch
     padded_tokens: int
+    launched_s: float
+    masks: PendingMasks | None
 
     @property
     def on_host(self) -> bool:
         return self.sampling.return_logits
+
+    @property
+    def decides_the_next(self) -> bool:
+        """True if the next step cannot be launched before this one is read back."""
+        return self.on_host or self.masks is not None
 
 
 class Engine:
@@ -58,6 +75,7 @@ class Engine:
         prefix_cache: bool = True,
         ageing_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        grammars: Grammars | None = None,
     ) -> None:
         self.capabilities = capabilities
         self.layout = layout
@@ -71,10 +89,13 @@ class Engine:
         self.pool = BlockPool(layout.num_blocks, layout.block_tokens, prefix_cache and paged)
         self._batcher = Batcher(layout, capabilities, vocab_size)
         self.scheduler = Scheduler(capabilities, self.pool, layout.num_slots, self._batcher.slot_left)
+        self._grammars = grammars
+        self._compiling: list[tuple[Sequence, Future[Guide]]] = []
         self._sequences: dict[tuple[int, str], Sequence] = {}
         self._in_flight: deque[InFlight] = deque()
         self._events: defaultdict[int, list[TokenEvent]] = defaultdict(list)
         self._count: defaultdict[str, int] = defaultdict(int)
+        self._times = StepTimes()
         self._device_s = 0.0
         self._num_arrived = 0
 
@@ -83,22 +104,32 @@ class Engine:
     def step(self) -> None:
         """Receive, schedule, submit, collect, publish.
 
-        At async depth 1 the next step is launched before the previous one is read back; a step that samples on
-        the host, and a scheduler that must preempt, wait for what is in flight.
+        At async depth 1 the next step is launched before the previous one is read back. A step that samples on the
+        host or under a grammar is read back at once, and a scheduler that must preempt waits for what is in flight.
         """
         for client, message in self._receive(self.is_idle):
             self._take(client, message)
+        if self._compiling:
+            self._admit_compiled()
         launched = self._launch()
-        depth = self.capabilities.async_depth if launched and not self._in_flight[-1].on_host else 0
+        depth = self.capabilities.async_depth if launched and not self._in_flight[-1].decides_the_next else 0
         while len(self._in_flight) > depth:
             self._collect()
-        for client, events in self._events.items():
-            self._publish(client, events)
-        self._events.clear()
+        if self._events:
+            self._times.publishing()
+            for client, events in self._events.items():
+                self._publish(client, events)
+            self._events.clear()
+            self._times.published()
 
     @property
     def is_idle(self) -> bool:
         return not self._sequences and not self._in_flight
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of all requests held, for the log."""
+        return [request_id for _, request_id in self._sequences]
 
     def drop_client(self, client: int) -> None:
         """A connection is gone: cancel all it asked for."""
@@ -114,8 +145,20 @@ class Engine:
             blocks_total=self.pool.num_total,
             requests_preempted=self.scheduler.num_preemptions,
             device_s=self._device_s,
+            max_batch_tokens=sum(s.num_prompt_tokens + s.max_new_tokens for s in self.scheduler.running),
+            inference=self._times.inference,
+            forward=self._times.forward,
+            commit=self._times.commit,
+            publish=self._times.publish,
+            admitted=self._times.admitted,
+            steps_joined=self._times.num_joined,
             **self._count,
         )
+
+    def close(self) -> None:
+        """End the threads and processes that work for grammars."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     def check(self) -> None:
         """Assert the invariants that hold between steps."""
@@ -131,17 +174,49 @@ class Engine:
         if refusal is None and (client, message.request_id) in self._sequences:
             refusal = ("request_id", f"request_id {message.request_id!r} is already in use")
         if refusal is not None:
-            field, why = refusal
-            event = TokenEvent(message.request_id, finish_reason="error", error=why, error_field=field)
-            self._events[client].append(event)
+            self._events[client].append(_error_event(message.request_id, *refusal))
             return
         self._num_arrived += 1
         if 0 < message.sampling.temperature < GREEDY_BELOW:
             message = replace(message, sampling=replace(message.sampling, temperature=0.0))
         sequence = Sequence(message, client, self._num_arrived, self._clock(), self._ageing_s)
-        sequence.samples_on_host = not samples_on_device(message.sampling, self.capabilities.sampling)
+        sequence.samples_on_host = not samples_on_device(message, self.capabilities.sampling)
         self._sequences[client, message.request_id] = sequence
+        if message.grammar is not None and self._grammars is not None:
+            sequence.state = State.COMPILING
+            self._compiling.append((sequence, self._grammars.compile(message.grammar)))
+        else:
+            self.scheduler.add(sequence)
+
+    def _admit_compiled(self) -> None:
+        """Let the sequences into the queue whose grammar has become ready; end those whose grammar is none."""
+        if not self._in_flight and not self.scheduler.has_work:
+            wait([guide for _, guide in self._compiling], COMPILE_POLL_S, FIRST_COMPLETED)
+        compiling = [(s, guide) for s, guide in self._compiling if s.state is State.COMPILING]
+        self._compiling = [(s, guide) for s, guide in compiling if not guide.done()]
+        for sequence, compiled in compiling:
+            if compiled.done():
+                self._guide(sequence, compiled)
+
+    def _guide(self, sequence: Sequence, compiled: Future[Guide]) -> None:
+        """Tell the client that its grammar is accepted, or why not."""
+        try:
+            guide = compiled.result()
+        except GrammarError as error:
+            self._fail(sequence, "grammar", str(error))
+            return
+        # What a request that outlived its engine has generated so far.
+        if not all(map(guide.consume, sequence.token_ids[sequence.num_prompt_tokens :])):
+            self._fail(sequence, "grammar", f"the tokens so far do not follow the grammar {guide.error}".rstrip())
+            return
+        sequence.guide = guide
+        self._events[sequence.client].append(TokenEvent(sequence.request_id))
         self.scheduler.add(sequence)
+
+    def _fail(self, sequence: Sequence, field: str, why: str) -> None:
+        """End one sequence with an error; field: of its request, "" if the request is not at fault."""
+        self._events[sequence.client].append(_error_event(sequence.request_id, field, why))
+        self._cancel(sequence.client, sequence.request_id)
 
     def _cancel(self, client: int, request_id: str) -> None:
         sequence = self._sequences.pop((client, request_id), None)
@@ -153,9 +228,14 @@ class Engine:
         refusal = request_refusal(request, self._vocab_size, self.capabilities.limits.max_model_tokens)
         if refusal is not None:
             return refusal
+        if request.prompt_logprobs and not self.capabilities.prompt_logprobs:
+            return no_prompt_logprobs(self.capabilities.backend)
+        if request.grammar is not None and self._grammars is None:
+            return "grammar", "this engine was started without support for grammars; leave the option out"
         caps = self.capabilities.sampling
-        if not caps.returns_logits and not samples_on_device(request.sampling, caps):
-            return "sampling", f"{self.capabilities.backend} cannot sample with {sorted(features_of(request.sampling))}"
+        if not caps.returns_logits and not samples_on_device(request, caps):
+            field = "sampling" if request.grammar is None else "grammar"
+            return field, f"{self.capabilities.backend} cannot sample with {sorted(asked_of_sampler(request))}"
         total = (request.num_prompt_tokens or len(request.token_ids)) + request.max_new_tokens
         why = self.scheduler.refusal(len(request.token_ids), total)
         return ("max_new_tokens", f"the request {why}") if why else None
@@ -171,29 +251,53 @@ class Engine:
         if plan is None:
             return False
         on_host = any(row.sample and row.sequence.samples_on_host for row in plan.rows)
+        launched_s = self._times.planned(plan, len(self.scheduler.running))
         for row in plan.rows:
             if row.sequence.queue_s is None:
                 self._started(row.sequence)
-        batch, sampling = self._batcher.build(plan, return_logits=on_host)
+        masks = self._masks_of(plan)
+        mask = masks.token_mask() if masks is not None else None
+        batch, sampling = self._batcher.build(plan, return_logits=on_host, mask=mask)
         if isinstance(batch, DecodeBatch):
             handle = self._backend.decode(batch, sampling)
         else:
             handle = self._backend.prefill(batch, sampling)
         self._in_flight.append(
-            InFlight(batch.head.step, plan, handle, sampling, len(batch.token_ids) - plan.extent.tokens)
+            InFlight(
+                batch.head.step,
+                plan,
+                handle,
+                sampling,
+                len(batch.token_ids) - plan.extent.tokens,
+                launched_s,
+                masks,
+            )
         )
         return True
+
+    def _masks_of(self, plan: Plan) -> PendingMasks | None:
+        rows = guided_rows(plan, self._vocab_size) if self._grammars is not None else []
+        return PendingMasks(self._grammars, self._vocab_size, rows) if self._grammars is not None and rows else None
 
     def _started(self, sequence: Sequence) -> None:
         sequence.queue_s = self._clock() - sequence.arrival_s
         self._count["prompt_tokens"] += sequence.num_prompt_tokens
         self._count["cached_tokens"] += sequence.num_cached_tokens
+        self._events[sequence.client].append(TokenEvent(sequence.request_id, queue_s=sequence.queue_s))
+        log.debug(
+            "request %s leaves the queue after %.1f ms; %d of %d prompt tokens are cached",
+            sequence.request_id,
+            sequence.queue_s * 1000,
+            sequence.num_cached_tokens,
+            sequence.num_prompt_tokens,
+        )
 
     # --- Collect --------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
         """Read the oldest step back and commit its tokens."""
         step = self._in_flight.popleft()
+        masks = step.masks.result() if step.masks is not None else NO_MASKS
         output = step.handle.result()
         if output.step != step.number:
             raise ContractViolation(
@@ -202,25 +306,53 @@ class Engine:
         if step.on_host:
             output = self._sample_on_host(step, output)
         self._note(step, output)
+        self._times.read_back(step.plan.phase, step.launched_s, output.device_s)
+        _keep_prompt_logprobs(step.plan, output)
         index = 0
         for row in step.plan.rows:
             if row.sample:
-                if row.sequence.state is not State.FINISHED:
+                if row.sequence.state is not State.FINISHED and self._may_commit(row.sequence, index, masks):
                     self._commit(row.sequence, output, index)
                 index += 1
             self.scheduler.collected(row)
+        self._times.committed()
 
     def _sample_on_host(self, step: InFlight, output: StepOutput) -> StepOutput:
         """The core's own sampler on the logits the device returned."""
         assert output.logits is not None, "the step was asked for logits"
         drawn = sample(output.logits, step.sampling, histories(step.plan.rows))
         return StepOutput(
-            output.step, drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, device_s=output.device_s
+            output.step,
+            drawn.token_ids,
+            drawn.logprobs,
+            drawn.top_ids,
+            drawn.top_logprobs,
+            device_s=output.device_s,
+            prompt_logprobs=output.prompt_logprobs,
         )
+
+    def _may_commit(self, sequence: Sequence, index: int, masks: StepMasks) -> bool:
+        """False, and the sequence is ended, if its grammar allowed nothing to be drawn for row `index`."""
+        if index in masks.finished:
+            self._count["requests_finished"] += 1
+            self._events[sequence.client].append(
+                TokenEvent(sequence.request_id, finish_reason="stop_token", prompt_logprobs=sequence.prompt_logprobs)
+            )
+            self._cancel(sequence.client, sequence.request_id)
+        elif index in masks.stuck:
+            assert sequence.guide is not None
+            why = sequence.guide.error or "no token of the vocabulary leads on from here, or logit_bias bans them all"
+            self._fail(sequence, "grammar", f"the text cannot follow the grammar any further: {why}")
+        return sequence.state is not State.FINISHED
 
     def _commit(self, sequence: Sequence, output: StepOutput, index: int) -> None:
         """Append the token drawn for a live sequence, decide whether it ends, tell the client."""
         token_id = int(output.token_ids[index])
+        guide = sequence.guide if token_id not in sequence.stop_token_ids else None
+        if guide is not None and not guide.consume(token_id):
+            why = guide.error or f"{self.capabilities.backend} drew the token {token_id}"
+            self._fail(sequence, "", f"a token outside the grammar was drawn: {why}")
+            return
         sequence.token_ids.append(token_id)
         sequence.num_in_flight -= 1
         self._count["generated_tokens"] += 1
@@ -236,8 +368,10 @@ class Engine:
                 reason,
                 queue_s=sequence.queue_s if first else None,
                 num_cached_tokens=sequence.num_cached_tokens if first else 0,
+                prompt_logprobs=sequence.prompt_logprobs,
             )
         )
+        sequence.prompt_logprobs = None  # told; should it be preempted, the prefix cache may serve it
         if reason is not None:
             self._count["requests_finished"] += 1
             del self._sequences[sequence.client, sequence.request_id]
@@ -251,13 +385,31 @@ class Engine:
         self._device_s += output.device_s
 
 
-def samples_on_device(params: SamplingParams, caps: SamplingCaps) -> bool:
-    """True if the device's own sampler can do all that these parameters ask for."""
-    if not features_of(params) <= caps.features:
+def samples_on_device(request: Submit, caps: SamplingCaps) -> bool:
+    """True if the device's own sampler can do all that the request asks for."""
+    if not asked_of_sampler(request) <= caps.features:
         return False
+    params = request.sampling
     if caps.max_top_k is not None and params.temperature > 0 and params.top_k > caps.max_top_k:
         return False
     return caps.max_top_logprobs is None or params.num_logprobs <= caps.max_top_logprobs
+
+
+def _error_event(request_id: str, field: str, why: str) -> TokenEvent:
+    return TokenEvent(request_id, finish_reason="error", error=why, error_field=field)
+
+
+def _keep_prompt_logprobs(plan: Plan, output: StepOutput) -> None:
+    """Give each row its part of the output, where it belongs in the prompt."""
+    if output.prompt_logprobs is None:
+        return
+    start = 0
+    for row in plan.rows:
+        known, count = row.sequence.prompt_logprobs, num_prompt_logprobs(row)
+        if known is not None and count:
+            first = row.start_tokens + 1
+            known[first : first + count] = output.prompt_logprobs[start : start + count].tolist()
+            start += count
 
 
 def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:

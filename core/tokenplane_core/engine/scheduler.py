@@ -81,6 +81,10 @@ class Scheduler:
         self.pool.extend_keys(sequence.block_keys, sequence.token_ids)
         self._enqueue(sequence)
 
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running) or self.num_waiting > 0
+
     def finish(self, sequence: Sequence) -> None:
         """End a sequence in any state. What it holds goes back once no launched step names it."""
         before, sequence.state = sequence.state, State.FINISHED
@@ -246,11 +250,17 @@ class Scheduler:
         sequence = self._next_waiting()
         if sequence is None or not self._free_slots:
             return None
-        hits = self.pool.match(sequence.block_keys[: (sequence.num_known_tokens - 1) // self.pool.block_tokens])
+        hits = self._hits(sequence)
         needed = self.pool.blocks_for(sequence.num_known_tokens) - len(hits)
         if needed > self.pool.num_free - sum(self.pool.is_free(block) for block in hits):
             return None
         return sequence, hits, needed
+
+    def _hits(self, sequence: Sequence) -> list[int]:
+        """Blocks of the prefix index; none for who wants the log-probabilities of tokens that lie in them."""
+        if sequence.prompt_logprobs is not None:
+            return []
+        return self.pool.match(sequence.block_keys[: (sequence.num_known_tokens - 1) // self.pool.block_tokens])
 
     def _admit_next(self, plan: Plan) -> bool:
         """Give the head of the queue a row in the plan, and with it slot and blocks; False if it has to wait."""

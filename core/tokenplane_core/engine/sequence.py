@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import enum
+import math
 from array import array
 
 from ..messages import SamplingParams, Submit
+from .grammar import Guide
 from .kv_cache import BlockKey
 
 
 class State(enum.Enum):
+    COMPILING = "compiling"  # its grammar is not ready; the scheduler does not know it yet
     WAITING = "waiting"  # no slot, no blocks: new, or preempted
     RUNNING = "running"  # has a slot and blocks
     FINISHED = "finished"  # no more steps; slot and blocks go back when its last step in flight is collected
@@ -27,6 +30,7 @@ class Sequence:
         "block_ids",
         "block_keys",
         "client",
+        "guide",
         "last_step",
         "max_new_tokens",
         "num_announced_blocks",
@@ -35,6 +39,7 @@ class Sequence:
         "num_in_flight",
         "num_prompt_tokens",
         "num_published_blocks",
+        "prompt_logprobs",
         "queue_s",
         "rank",
         "request_id",
@@ -55,6 +60,7 @@ class Sequence:
         self.num_prompt_tokens = request.num_prompt_tokens or len(request.token_ids)
         self.max_new_tokens = request.max_new_tokens
         self.sampling: SamplingParams = request.sampling
+        self.guide: Guide | None = None  # where token_ids are in the grammar, if there is one
         self.samples_on_host = False  # asks for something the device's sampler lacks
         self.stop_token_ids = frozenset(request.stop_token_ids)
         self.arrival_s = arrival_s
@@ -74,6 +80,10 @@ class Sequence:
         self.started = False  # has had its first step in this slot
         self.last_step = 0  # number of the last step it was part of
         self.queue_s: float | None = None
+        # One per prompt token, NaN until computed; None: not asked for, or already told.
+        self.prompt_logprobs: list[float] | None = None
+        if request.prompt_logprobs and len(request.token_ids) == self.num_prompt_tokens:
+            self.prompt_logprobs = [math.nan] * self.num_prompt_tokens
 
     @property
     def num_known_tokens(self) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..backend.errors import ConfigError, OutOfMemory, UnsupportedModel
 from ..backend.plugins import Backend, open_backend
 from ..backend.records import SAMPLING_FEATURES, Capabilities, Device, KVLayout, LoadOptions
 from ..config import EngineConfig
-from ..memory import SIMULATED, MemoryPlan, MemoryRow, format_table, measured_rows
+from ..memory import SIMULATED, MemoryPlan, MemoryRow, format_table, measured_rows, share_of
 from ..messages import EngineInfo
 from ..weight_files import Weights, read_weights
 from .shapes import ShapeTable
@@ -33,17 +33,17 @@ def start_backend(config: EngineConfig) -> Started:
         BackendError, ConfigError: with the sentence the user should read. The process is to end.
     """
     start_s = time.monotonic()
-    plan = plan_memory(config, config.device) if config.device else None
+    plan = plan_memory(config, share_of(config.device, config.memory_fraction)) if config.device else None
     if plan is not None:
         for line in format_table(plan.rows()):
             log.info("%s", line)
         plan.refuse_the_impossible()
     backend = open_backend(config.backend)
-    capabilities = backend.load(config.model, _load_options(config))
+    capabilities = within_share(backend.load(config.model, _load_options(config)), config.memory_fraction)
     layout = size_cache(capabilities, config)
     backend.kv_alloc(layout)
     backend.warmup()
-    plan = plan or plan_memory(config, capabilities.device)
+    plan = plan or plan_memory(config, share_of(capabilities.device, config.memory_fraction))
     memory = measured_rows(plan, capabilities, layout) if plan else []
     info = _info(config, capabilities, layout, memory, time.monotonic() - start_s)
     return Started(backend, capabilities, layout, info)
@@ -71,7 +71,18 @@ def _load_options(config: EngineConfig) -> LoadOptions:
         num_threads=config.num_threads,
         max_step_tokens=config.max_step_tokens,
         max_sequences=config.max_sequences,
+        graph_rows=config.graph_rows,
     )
+
+
+def within_share(capabilities: Capabilities, fraction: float) -> Capabilities:
+    """The same, with no more room for the cache than weights and reserves leave of that share of the memory."""
+    if fraction == 1:
+        return capabilities
+    taken = capabilities.weights_bytes + sum(capabilities.reserved_bytes.values())
+    left = max(0, int(capabilities.device.memory_total_bytes * fraction) - taken)
+    kv = replace(capabilities.kv, budget_bytes=min(capabilities.kv.budget_bytes, left))
+    return replace(capabilities, kv=kv)
 
 
 def size_cache(capabilities: Capabilities, config: EngineConfig) -> KVLayout:
@@ -153,4 +164,5 @@ def _info(
         max_request_tokens=min(limits.max_model_tokens, (layout.num_blocks - 1) * layout.block_tokens),
         max_prompt_tokens=shapes.longest_prompt(limits.chunk_tokens > 0, limits.max_model_tokens),
         memory=memory,
+        prompt_logprobs=caps.prompt_logprobs,
     )

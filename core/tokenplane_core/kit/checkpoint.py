@@ -74,12 +74,22 @@ def reference_greedy(folder: Path, prompt: list[int], num_tokens: int) -> list[i
     weights = _read_safetensors(folder / "model.safetensors")
     token_ids = list(prompt)
     for _ in range(num_tokens):
-        token_ids.append(int(np.argmax(_last_logits(weights, np.array(token_ids)))))
+        hidden = _hidden(weights, np.array(token_ids))
+        token_ids.append(int(np.argmax(weights["lm_head.weight"] @ hidden[-1])))
     return token_ids[len(prompt) :]
 
 
-def _last_logits(weights: dict[str, F64], token_ids: I64) -> F64:
-    """Llama forward of i64 [t]: f64 [vocab] logits after the last token."""
+def reference_logprobs(folder: Path, prompt: list[int]) -> list[float]:
+    """The log-probability of every prompt token but the first, by the checkpoint in `folder`, in float64."""
+    weights = _read_safetensors(folder / "model.safetensors")
+    logits = _hidden(weights, np.array(prompt))[:-1] @ weights["lm_head.weight"].T
+    scores = logits - logits.max(-1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+    return [float(scores[i, token_id]) for i, token_id in enumerate(prompt[1:])]
+
+
+def _hidden(weights: dict[str, F64], token_ids: I64) -> F64:
+    """Llama forward of i64 [t]: f64 [t, hidden], what the output layer reads."""
     heads, kv_heads, head = 4, 2, 16
     t = len(token_ids)
     x = weights["model.embed_tokens.weight"][token_ids]
@@ -102,8 +112,7 @@ def _last_logits(weights: dict[str, F64], token_ids: I64) -> F64:
         h = _norm(x)
         gate = h @ w["mlp.gate_proj.weight"].T
         x = x + (gate / (1 + np.exp(-gate)) * (h @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
-    logits: F64 = weights["lm_head.weight"] @ _norm(x[-1])
-    return logits
+    return _norm(x)
 
 
 def _norm(x: F64) -> F64:

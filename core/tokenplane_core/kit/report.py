@@ -151,6 +151,7 @@ def declared_facts(caps: Capabilities) -> dict[str, Any]:
         "async_depth": caps.async_depth,
         "sampling_features": sorted(caps.sampling.features),
         "returns_logits": caps.sampling.returns_logits,
+        "prompt_logprobs": caps.prompt_logprobs,
         "kernels": dict(caps.kernels),
     }
 

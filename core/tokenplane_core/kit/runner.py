@@ -11,10 +11,11 @@ from ..backend.plugins import Backend
 from ..backend.records import Bucket, Capabilities, Limits, LoadOptions, ModelSpec, ShapePolicy
 from ..config import EngineConfig
 from ..engine.engine import Engine
+from ..engine.grammar import Grammars
 from ..engine.scheduler import Plan
 from ..engine.shapes import Extent, Phase, ShapeTable
 from ..engine.startup import size_cache
-from ..messages import Cancel, SamplingParams, Submit, ToEngine, TokenEvent
+from ..messages import Cancel, Grammar, SamplingParams, Submit, ToEngine, TokenEvent
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Outcome:
     finish_reason: str | None = None
     error: str = ""
     num_cached_tokens: int = 0
+    prompt_logprobs: list[float] | None = None
 
 
 class LocalEngine:
@@ -51,6 +53,7 @@ class LocalEngine:
         shuffle_seed: int | None = 0,
         reshuffle: bool = False,
         adjust: Callable[[Capabilities], Capabilities] = lambda capabilities: capabilities,
+        grammars: Grammars | None = None,
     ) -> None:
         self.backend = Backend(name, make_plugin())
         options = LoadOptions(device_index=device_index, max_step_tokens=max_step_tokens, max_sequences=max_sequences)
@@ -74,6 +77,7 @@ class LocalEngine:
             self._publish,
             prefix_cache,
             clock=lambda: self.now_s,
+            grammars=grammars,
         )
         self._rng = random.Random(shuffle_seed)
         self._reshuffle = reshuffle
@@ -89,6 +93,8 @@ class LocalEngine:
         sampling: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
         priority: int = 0,
+        prompt_logprobs: bool = False,
+        grammar: Grammar | None = None,
     ) -> str:
         """Queue a request; returns its id, a key of `outcomes`."""
         self._num_requests += 1
@@ -102,6 +108,8 @@ class LocalEngine:
                 sampling=sampling or SamplingParams(),
                 stop_token_ids=list(stop_token_ids),
                 priority=priority,
+                prompt_logprobs=prompt_logprobs,
+                grammar=grammar,
             )
         )
         return request_id
@@ -159,6 +167,7 @@ class LocalEngine:
         self.engine.scheduler.schedule = reordered  # type: ignore[method-assign]
 
     def close(self) -> None:
+        self.engine.close()
         self.backend.close()
 
     def _receive(self, idle: bool) -> Iterable[tuple[int, ToEngine]]:
@@ -173,6 +182,9 @@ class LocalEngine:
             outcome.logprobs += event.logprobs or []
             outcome.top_logprobs += event.top_logprobs or []
             outcome.num_cached_tokens = max(outcome.num_cached_tokens, event.num_cached_tokens)
+            if event.prompt_logprobs is not None:
+                assert outcome.prompt_logprobs is None, f"{event.request_id} was told its prompt twice"
+                outcome.prompt_logprobs = event.prompt_logprobs
             if event.finish_reason is not None:
                 outcome.finish_reason, outcome.error = event.finish_reason, event.error
 

@@ -26,6 +26,7 @@ from ..backend.records import (
     CONTRACT_VERSION,
     F32,
     I32,
+    SAMPLING_FEATURES,
     U64,
     Bucket,
     Capabilities,
@@ -44,7 +45,7 @@ from ..backend.records import (
     StepHandle,
     StepOutput,
 )
-from ..backend.sampling import sample
+from ..backend.sampling import log_softmax, sample
 from ..backend.tables import SlotTables
 
 CANARY = -7
@@ -84,6 +85,17 @@ def oracle(prompt: Sequence[int], num_tokens: int, vocab_size: int) -> list[int]
     return token_ids[len(prompt) :]
 
 
+def oracle_logprobs(prompt: Sequence[int], vocab_size: int) -> list[float]:
+    """The log-probability of every prompt token but the first, computed without any cache."""
+    token_ids = np.array(prompt, np.int32)
+    return [float(_logprob_after(token_ids[:i], int(token_ids[i]), vocab_size)) for i in range(1, len(token_ids))]
+
+
+def _logprob_after(token_ids: I32, token_id: int, vocab_size: int) -> np.float32:
+    scores = log_softmax(simulated_logits(context_hash(token_ids), vocab_size))
+    return np.float32(scores[token_id])
+
+
 @dataclass(frozen=True)
 class Profile:
     """What one kind of card is like; `shapes` and limits are for sequences of up to max_model_tokens."""
@@ -105,7 +117,8 @@ class Profile:
     max_prefill_rows: int | None = None
     chunk_tokens: int = 1
     max_table_entries: int | None = None
-    sampling: SamplingCaps = field(default_factory=SamplingCaps)
+    sampling: SamplingCaps = field(default_factory=lambda: SamplingCaps(SAMPLING_FEATURES))
+    prompt_logprobs: bool = True
 
     def shapes(self, max_model_tokens: int) -> ShapePolicy:
         """The bucket list this card would have compiled."""
@@ -192,6 +205,7 @@ PROFILES = {
             max_prefill_rows=1,
             chunk_tokens=0,
             sampling=SamplingCaps(frozenset({"temperature", "top_k", "top_p"}), max_top_k=256),
+            prompt_logprobs=False,
         ),
     )
 }
@@ -237,6 +251,7 @@ class SimulatedBackend:
             mixed=profile.mixed,
             async_depth=profile.async_depth,
             kernels={"attention": "hash of the token ids in the cache"},
+            prompt_logprobs=profile.prompt_logprobs,
         )
 
     @hookimpl
@@ -257,14 +272,18 @@ class SimulatedBackend:
         self.tables.apply(batch.head)
         token_ids = self.tables.enter_prefill(batch)
         slots, lengths = [], []
+        scores: list[float] = []
         for i in range(batch.num_rows):
             slot, context, start = int(batch.slots[i]), int(batch.context_lens[i]), int(batch.row_starts[i])
             end = context + int(batch.num_new_tokens[i])
             self._write(slot, np.arange(context, end, dtype=np.int32), token_ids[start : start + end - context])
+            if batch.next_token_ids is not None:
+                scores += self._scores(slot, context, batch.next_token_ids[start : start + end - context])
             if batch.sample[i]:
                 slots.append(slot)
                 lengths.append(end)
-        return self._finish(batch.head.step, slots, lengths, sampling)
+        scored = None if batch.next_token_ids is None else np.array(scores, np.float32)
+        return self._finish(batch.head.step, slots, lengths, sampling, scored)
 
     @hookimpl
     def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
@@ -296,7 +315,26 @@ class SimulatedBackend:
     def _read(self, slot: int, length: int) -> I32:
         return self.cells[self._where(slot, np.arange(length, dtype=np.int32))]
 
-    def _finish(self, step: int, slots: list[int], lengths: list[int], sampling: SamplingBatch) -> StepHandle:
+    def _scores(self, slot: int, context: int, next_token_ids: I32) -> list[float]:
+        """Log-probabilities of the ids, i32 [t], each after the slot's token before it; negative ids are skipped.
+
+        The first follows the token at position `context`.
+        """
+        known = self._read(slot, context + len(next_token_ids))
+        return [
+            float(_logprob_after(known[: context + i + 1], token_id, self._vocab_size))
+            for i, token_id in enumerate(next_token_ids.tolist())
+            if token_id >= 0
+        ]
+
+    def _finish(
+        self,
+        step: int,
+        slots: list[int],
+        lengths: list[int],
+        sampling: SamplingBatch,
+        prompt_logprobs: F32 | None = None,
+    ) -> StepHandle:
         """Draw for the sampled rows from what their cells say."""
         contexts = [context_hash(self._read(slot, n)) for slot, n in zip(slots, lengths, strict=True)]
         if not sampling.features and not sampling.return_logits:
@@ -308,7 +346,8 @@ class SimulatedBackend:
             output = self._sample(step, logits, slots, lengths, sampling)
         if len(output.token_ids):
             self.tables.drawn(np.array(slots, np.int32), np.array(lengths, np.int32), output.token_ids)
-        return TimedStep(replace(output, device_s=self._step_s), time.perf_counter() + self._step_s)
+        output = replace(output, device_s=self._step_s, prompt_logprobs=prompt_logprobs)
+        return TimedStep(output, time.perf_counter() + self._step_s)
 
     def _sample(
         self, step: int, logits: F32, slots: list[int], lengths: list[int], sampling: SamplingBatch

@@ -28,6 +28,7 @@ class Subject:
     make_plugin: Callable[[], object]
     model: ModelSpec
     reference: Callable[[list[int], int], list[int]] | None = None  # prompt, tokens -> the greedy text it must give
+    logprobs_reference: Callable[[list[int]], list[float]] | None = None  # of every prompt token but the first
     device_index: int = 0
     declared: Capabilities | None = None  # what load() last returned
 

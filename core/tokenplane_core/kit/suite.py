@@ -11,10 +11,10 @@ import pytest
 
 from tokenplane_core.backend.choice import choose_device
 from tokenplane_core.backend.plugins import ask, load_plugin
-from tokenplane_core.kit.checkpoint import reference_greedy, write_tiny_llama
+from tokenplane_core.kit.checkpoint import reference_greedy, reference_logprobs, write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
 from tokenplane_core.kit.report import declared_facts
-from tokenplane_core.kit.simulated import oracle
+from tokenplane_core.kit.simulated import oracle, oracle_logprobs
 from tokenplane_core.model import describe_model
 
 
@@ -39,12 +39,14 @@ def make_subject(backend_name: str, folder: Path | None, scratch: Path) -> Subje
     device, _ = choose_device(answer)
     dtype = "float32" if "float32" in device.dtypes else device.dtypes[0]
     model = describe_model(folder or write_tiny_llama(scratch), dtype=dtype)
-    reference = None
+    reference: Callable[[list[int], int], list[int]] | None = None
+    logprobs: Callable[[list[int]], list[float]] | None = None
     if device.kind == "simulated":
         reference = partial(oracle, vocab_size=model.vocab_size)
+        logprobs = partial(oracle_logprobs, vocab_size=model.vocab_size)
     elif folder is None and dtype == "float32":
-        reference = partial(reference_greedy, scratch)
-    return Subject(backend_name, lambda: load_plugin(backend_name), model, reference, device.index)
+        reference, logprobs = partial(reference_greedy, scratch), partial(reference_logprobs, scratch)
+    return Subject(backend_name, lambda: load_plugin(backend_name), model, reference, logprobs, device.index)
 
 
 @pytest.fixture(autouse=True)

@@ -189,7 +189,7 @@ def sampling_batch(
     features |= {"logit_bias"} if any(p.logit_bias for p in params) else set()
     features |= {"logprobs"} if any(p.num_logprobs >= 0 for p in params) else set()
     features |= {"processed_logprobs"} if any(p.processed_logprobs for p in params) else set()
-    floats = {name: np.array([getattr(p, name) for p in params], np.float32) for name in _FLOATS}
+    floats: dict[str, Any] = {name: np.array([getattr(p, name) for p in params], np.float32) for name in _FLOATS}
     biases = [len(p.logit_bias) for p in params]
     return SamplingBatch(
         features=frozenset(features),

@@ -1,0 +1,55 @@
+"""Prompt logprobs of the engine equal transformers' own, for every family; some scale or cap their logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import transformers
+
+from tokenplane_core.backend.plugins import load_plugin
+from tokenplane_core.kit.runner import LocalEngine
+from tokenplane_core.model import describe_model
+from tokenplane_torch import module
+from tokenplane_torch.testing.checkpoints import FAMILIES, make_checkpoint
+
+PROMPT = [3 + i * 37 % 317 for i in range(150)]
+
+
+def start(folder: Path, **options: int) -> LocalEngine:
+    return LocalEngine(lambda: load_plugin("cpu"), describe_model(folder, dtype="float32"), "cpu", **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_logprobs_equal_transformers(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with torch.inference_mode():
+        scores = model(torch.tensor([PROMPT])).logits[0].float().log_softmax(-1)
+    expected = scores[range(len(PROMPT) - 1), PROMPT[1:]]
+    engine = start(folder, max_step_tokens=140)
+    asked = engine.submit(PROMPT, 1, prompt_logprobs=True)
+    engine.submit(PROMPT, 1)
+    engine.run()
+    got = engine.outcomes[asked].prompt_logprobs
+    assert got is not None
+    torch.testing.assert_close(torch.tensor(got[1:]), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_logits_of_few_tokens_are_held_at_a_time(tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path)
+    engine = start(folder)
+    widths: list[int] = []
+    log_softmax = torch.Tensor.log_softmax
+
+    def noting(logits: torch.Tensor, dim: int) -> torch.Tensor:
+        widths.append(logits.shape[0])
+        return log_softmax(logits, dim)
+
+    with patch.object(torch.Tensor, "log_softmax", noting):
+        engine.submit(PROMPT, 1, prompt_logprobs=True)
+        engine.run()
+    assert sum(widths) == len(PROMPT) - 1
+    assert max(widths) == module.MOST_SCORED_TOKENS
