@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal, Protocol
 
-from tokenplane_core.messages import SamplingParams, Submit, TokenEvent
+from tokenplane_core.backend.errors import InvalidRequest, TokenplaneError
+from tokenplane_core.messages import Grammar, SamplingParams, Submit, TokenEvent
 
 from .text.stop_strings import StopStrings
 from .text.stream_decoder import StreamDecoder
 from .text.tokenizer import TextTokenizer
+
+MAX_MERGED_PIECES = 64
+"""Read ahead of a slow client; what it has not come to yet stays with the engine client, which bounds it."""
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
@@ -31,8 +35,12 @@ class GenerationSpec:
     stop: tuple[str, ...] = ()
     keep_stop: bool = False  # the stop string stays at the end of the text
     ignore_eos: bool = False
+    shown_token_ids: frozenset[int] = frozenset()  # special tokens that stay in the text
+    grammar: Grammar | None = None  # what the whole text must be; see structured.py
+    grammar_field: str = "grammar"  # the request's field that says so, for errors
     wants_tokens: bool = False  # pieces list their tokens
     wants_token_texts: bool = False  # ... with the text of each, special tokens included
+    wants_prompt_logprobs: bool = False  # see prompt_tokens()
 
     def submit(self, request_id: str, stop_token_ids: list[int]) -> Submit:
         return Submit(
@@ -41,6 +49,8 @@ class GenerationSpec:
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
             stop_token_ids=[] if self.ignore_eos else stop_token_ids,
+            grammar=self.grammar,
+            prompt_logprobs=self.wants_prompt_logprobs,
         )
 
 
@@ -64,11 +74,19 @@ class Piece:
     finish_reason: FinishReason | None
 
 
+@dataclass(slots=True)
+class PromptToken:
+    id: int
+    text: str  # those of all tokens, joined, are the prompt, special tokens included
+    logprob: float | None  # None for the first: nothing stands before it
+
+
 class TokenStream(Protocol):
     """The engine client's RequestStream."""
 
     async def __anext__(self) -> TokenEvent: ...
     def cancel(self) -> None: ...
+    def give_up(self, error: TokenplaneError) -> None: ...
 
 
 @dataclass(slots=True)
@@ -101,11 +119,14 @@ class Generation:
         self.times = times
         self.num_tokens = 0  # generated, the stop token included
         self.num_cached_tokens = 0
+        self.prompt_logprobs: list[float] | None = None  # from the first piece on, if the spec wants them
         self.finish_reason: FinishReason | None = None
         self._stream = stream
         self._tokenizer = tokenizer
         self._on_finish = on_finish
-        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True, prompt_ids=spec.prompt_ids)
+        self._decoder = StreamDecoder(
+            tokenizer, skip_special_tokens=True, prompt_ids=spec.prompt_ids, shown_ids=spec.shown_token_ids
+        )
         self._token_decoder = (
             StreamDecoder(tokenizer, skip_special_tokens=False, prompt_ids=spec.prompt_ids)
             if spec.wants_token_texts
@@ -114,18 +135,32 @@ class Generation:
         self._stops = StopStrings(spec.stop, keep_stop=spec.keep_stop)
         self._num_decoded_chars = 0
         self._num_given_chars = 0
+        self._first_event: TokenEvent | None = None  # read by accepted(), not shown yet
 
     def cancel(self) -> None:
         self._stream.cancel()
 
+    def give_up(self, error: TokenplaneError) -> None:
+        """As cancel, but who reads gets the error."""
+        self._stream.give_up(error)
+
     def __aiter__(self) -> Generation:
         return self
+
+    async def accepted(self) -> None:
+        """Wait until the engine has compiled the grammar; at once without one. To be called before the first piece.
+
+        Raises:
+            InvalidRequest: the grammar cannot be compiled; names the request's field.
+        """
+        if self.spec.grammar is not None and self._first_event is None:
+            self._first_event = await self._next_event()
 
     async def __anext__(self) -> Piece:
         if self.finish_reason is not None:
             raise StopAsyncIteration
-        event = await self._stream.__anext__()
-        self._note_times(event)
+        event, self._first_event = self._first_event or await self._next_event(), None
+        self._note_start(event)
         piece = self._advance(event)
         if piece.finish_reason is not None:
             self.finish_reason = piece.finish_reason
@@ -133,10 +168,20 @@ class Generation:
             self._on_finish(self)
         return piece
 
-    def _note_times(self, event: TokenEvent) -> None:
+    async def _next_event(self) -> TokenEvent:
+        try:
+            return await self._stream.__anext__()
+        except InvalidRequest as error:
+            if error.field != "grammar":
+                raise
+            raise InvalidRequest(f"`{self.spec.grammar_field}`: {error}", self.spec.grammar_field) from None
+
+    def _note_start(self, event: TokenEvent) -> None:
         if event.queue_s is not None:
             self.times.started_s = self.times.queued_s + event.queue_s
             self.num_cached_tokens = event.num_cached_tokens
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
         if event.token_ids and not self.times.first_token_s:
             self.times.first_token_s = perf_counter()
 
@@ -207,6 +252,18 @@ class Generation:
             last.text = last.text[:-surplus]
 
 
+def prompt_tokens(generation: Generation, tokenizer: TextTokenizer) -> list[PromptToken]:
+    """The prompt with its log-probabilities: [] until the first piece, and where the spec does not want them."""
+    if generation.prompt_logprobs is None:
+        return []
+    decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
+    known = zip(generation.spec.prompt_ids, generation.prompt_logprobs, strict=True)
+    tokens = [PromptToken(token_id, decoder.push(token_id), logprob) for token_id, logprob in known]
+    tokens[0].logprob = None
+    tokens[-1].text += decoder.flush()
+    return tokens
+
+
 @dataclass(slots=True)
 class Output:
     """A whole answer, collected."""
@@ -220,6 +277,12 @@ class Output:
         self.text += piece.text
         self.tokens += piece.tokens
         self.finish_reason = piece.finish_reason or self.finish_reason
+
+
+async def accepted(generations: Sequence[Generation]) -> None:
+    """Wait until the engine has compiled the grammars of all. Raises as Generation.accepted."""
+    for generation in generations:
+        await generation.accepted()
 
 
 async def collect(generations: Sequence[Generation]) -> list[Output]:
@@ -236,15 +299,15 @@ async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, 
         async for piece in generations[0]:
             yield 0, piece
         return
-    arrived: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(MAX_MERGED_PIECES)
 
     async def pump(index: int, generation: Generation) -> None:
         try:
             async for piece in generation:
-                arrived.put_nowait((index, piece))
-            arrived.put_nowait(None)
+                await arrived.put((index, piece))
+            await arrived.put(None)
         except Exception as error:
-            arrived.put_nowait(error)
+            await arrived.put(error)
 
     pumps = [asyncio.create_task(pump(i, generation)) for i, generation in enumerate(generations)]
     try:

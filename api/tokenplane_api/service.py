@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
@@ -12,11 +13,12 @@ from fastapi import Request
 
 from tokenplane_core.client import EngineClient
 
-from .errors import NOT_READY, ApiError, invalid
+from .errors import NOT_READY, ApiError, invalid, overloaded
 from .generation import Generation, GenerationSpec, Times
 from .metrics import Metrics
 from .request_scope import RequestRecord, record_of
 from .settings import Limits, Settings, limits_for
+from .text.answer_format import AnswerFormat
 from .text.chat_template import ChatTemplate
 from .text.tokenizer import TextTokenizer
 
@@ -36,8 +38,12 @@ class Service:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.settings = settings
+        self.answer_format = AnswerFormat.of_model(
+            tokenizer, chat_template, settings.tool_call_parser, settings.reasoning_parser
+        )
         self.limits: Limits | None = None
         self.metrics = Metrics(engine)
+        self._num_by_key: Counter[str] = Counter()
         self._starting: asyncio.Task[None] | None = None
         self._workers = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tokenize")
 
@@ -98,6 +104,8 @@ class Service:
 
         Raises:
             RequestError: the engine refuses one of them; those already submitted are cancelled with the record.
+            ApiError: the limits of the server or of the client's key do not allow so many.
+            RequestTimeout: the request's time was over before it came to this.
         """
         most = self.settings.max_concurrent_requests
         if len(specs) > most:
@@ -106,12 +114,35 @@ class Service:
                 count_field,
             )
         self.ask(record, len(specs))
+        if record.timeout is not None:
+            raise record.timeout
+        self._admit_key(record, len(specs))
         for i, spec in enumerate(specs):
             self.metrics.received(spec)
             times = Times(record.arrived_s, queued_s=perf_counter())
             stream = self.engine.submit(spec.submit(f"{record.request_id}-{i}", self.tokenizer.stop_token_ids))
             record.generations.append(Generation(spec, stream, self.tokenizer, times, self.metrics.succeeded))
         return record.generations
+
+    def _admit_key(self, record: RequestRecord, num_specs: int) -> None:
+        """Count what a key's holder has running or waiting, until the HTTP request is over."""
+        most, name = self.settings.max_requests_per_key, record.key_name
+        if most is None or name is None:
+            return
+        if self._num_by_key[name] + num_specs > most:
+            raise overloaded(
+                f"this API key has {self._num_by_key[name]} requests running or waiting, the limit is {most}"
+                " (--max-requests-per-key)",
+                self.engine.retry_after_s,
+            )
+        self._num_by_key[name] += num_specs
+
+        def give_back() -> None:
+            self._num_by_key[name] -= num_specs
+            if not self._num_by_key[name]:
+                del self._num_by_key[name]
+
+        record.on_end.append(give_back)
 
 
 def begin(request: Request) -> Service:

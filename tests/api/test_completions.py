@@ -117,7 +117,75 @@ def test_penalties_and_bias_change_the_answer(openai_client: openai.OpenAI) -> N
     assert complete(openai_client, extra_body={"min_p": 1.0}, temperature=2).choices[0].text == plain
 
 
+def test_best_of_gives_the_likeliest_of_its_candidates(openai_client: openai.OpenAI) -> None:
+    def mean_logprob(choice: Any) -> float:
+        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    for seed in range(5):
+        options: dict[str, Any] = {"temperature": 1, "seed": seed, "extra_body": {"ignore_eos": True}}
+        both = complete(openai_client, n=2, logprobs=0, **options)
+        best = complete(openai_client, best_of=2, **options)
+        assert best.choices[0].text == max(both.choices, key=mean_logprob).text
+        assert (len(best.choices), best.choices[0].index, best.choices[0].logprobs) == (1, 0, None)
+        assert best.usage == both.usage.model_copy(
+            update={"prompt_tokens_details": best.usage.prompt_tokens_details}
+        ), "what was generated counts, shown or not"
+
+
+def test_best_of_works_prompt_by_prompt(openai_client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"temperature": 1, "seed": 3, "best_of": 2}
+    singles = [complete(openai_client, prompt=prompt, **options).choices[0].text for prompt in ("Paris", "def step")]
+    both = complete(openai_client, prompt=["Paris", "def step"], **options)
+    assert [choice.text for choice in both.choices] == singles
+    assert [choice.index for choice in both.choices] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"best_of": 3}, ["3", "2", "--max-best-of"]),
+        ({"n": 2, "best_of": 1}, ["at least `n`"]),
+        ({"best_of": 2, "stream": True}, ["stream"]),
+        ({"best_of": 0}, ["at least 1"]),
+    ],
+    ids=str,
+)
+def test_best_of_has_its_limits(openai_client: openai.OpenAI, options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(openai.BadRequestError) as failure:
+        complete(openai_client, **options)
+    assert failure.value.param == "best_of"
+    assert all(word in failure.value.message for word in words)
+
+
 def test_best_of_equal_to_n_asks_for_nothing_more(openai_client: openai.OpenAI) -> None:
-    assert len(complete(openai_client, n=2, best_of=2).choices) == 2
-    with pytest.raises(openai.BadRequestError, match="best_of"):
-        complete(openai_client, n=1, best_of=2)
+    assert len(complete(openai_client, n=5, best_of=5, stream=False).choices) == 5
+
+
+def test_echo_puts_the_prompt_in_front(openai_client: openai.OpenAI, server: LiveServer) -> None:
+    prompt = "A block of the cache"
+    plain = complete(openai_client).choices[0].text
+    for given in (prompt, server.service.tokenizer.encode(prompt)):
+        assert complete(openai_client, prompt=given, echo=True).choices[0].text == prompt + plain
+        chunks = complete(openai_client, prompt=given, echo=True, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == prompt + plain
+    several = complete(openai_client, prompt=["Paris", "def step"], echo=True, n=2)
+    assert [choice.text[:5] for choice in several.choices] == ["Paris", "Paris", "def s", "def s"]
+
+
+def test_echo_has_the_prompts_logprobs_too(openai_client: openai.OpenAI, server: LiveServer) -> None:
+    prompt = "A block of the cache"
+    num_prompt_tokens = len(server.service.tokenizer.encode(prompt))
+    choice = complete(openai_client, echo=True, logprobs=0).choices[0]
+    logprobs = choice.logprobs
+    assert len(logprobs.tokens) == num_prompt_tokens + 12
+    assert logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in logprobs.token_logprobs[1:])
+    assert "".join(logprobs.tokens[:num_prompt_tokens]) == prompt
+    assert logprobs.text_offset == sorted(logprobs.text_offset)
+    assert logprobs.text_offset[num_prompt_tokens] == len(prompt)
+    assert logprobs.top_logprobs[0] is None
+    chunks = [chunk.choices[0].logprobs for chunk in complete(openai_client, echo=True, logprobs=0, stream=True)]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [item for chunk in chunks if chunk for item in getattr(chunk, name)] == getattr(logprobs, name)
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        complete(openai_client, echo=True, logprobs=2)

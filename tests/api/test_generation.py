@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from tokenplane_api.errors import as_api_error, openai_body, tgi_body
-from tokenplane_api.generation import Generation, GenerationSpec, Output, Piece, Times, collect
-from tokenplane_api.openai.render import ChatRenderer, Head
+from tokenplane_api.generation import Generation, GenerationSpec, Output, Piece, Times, collect, prompt_tokens
+from tokenplane_api.openai.chat_render import ChatRenderer
+from tokenplane_api.openai.convert import Prepared
+from tokenplane_api.openai.render import Head
 from tokenplane_api.text.tokenizer import TextTokenizer
 from tokenplane_api.tgi.render import stream_events
 from tokenplane_core.backend.errors import EngineFailed, EngineNotReady, InvalidRequest, QueueFull, RequestError
@@ -127,6 +130,32 @@ async def test_native_stream_numbers_every_token_of_an_event(tokenizer: TextToke
     assert all(b'"generated_text":null' in data for data in sent[:-1])
 
 
+async def test_a_native_stream_that_ends_without_a_token_still_has_a_last_event(tokenizer: TextTokenizer) -> None:
+    said = [event for event in tell(tokenizer, "one", finish=None) if isinstance(event, TokenEvent)]
+    generation, _ = start(
+        tokenizer, [*said, TokenEvent("r", finish_reason="stop_token")], wants_tokens=True, wants_token_texts=True
+    )
+    sent = [data async for data in stream_events(generation, tokenizer, full_text=False, with_details=True)]
+    assert len(sent) == len(said) + 1
+    assert b'"token":{"id":0,"text":"","logprob":null,"special":true},"generated_text":"one"' in sent[-1]
+    assert b'"finish_reason":"eos_token","generated_tokens":%d' % len(said) in sent[-1]
+
+
+async def test_the_prompts_tokens_join_to_the_prompt(tokenizer: TextTokenizer) -> None:
+    text = "<|im_start|>Zwölf 👍🏽"
+    prompt = tokenizer.encode(text)
+    logprobs = [math.nan, *(-0.5 for _ in prompt[1:])]
+    event = TokenEvent("r", [70], finish_reason="length", prompt_logprobs=logprobs)
+    spec = GenerationSpec(prompt_text=text, prompt_ids=prompt, max_new_tokens=1, sampling=SamplingParams())
+    generation = Generation(spec, Script([event]), tokenizer, Times(perf_counter()), lambda generation: None)
+    assert prompt_tokens(generation, tokenizer) == []
+    await read(generation)
+    found = prompt_tokens(generation, tokenizer)
+    assert [token.id for token in found] == prompt
+    assert "".join(token.text for token in found) == text
+    assert [token.logprob for token in found] == [None, *logprobs[1:]]
+
+
 async def test_one_failing_choice_ends_all(tokenizer: TextTokenizer) -> None:
     good, _ = start(tokenizer, tell(tokenizer, "fine"))
     bad, _ = start(tokenizer, [EngineFailed("the engine died 3 times while it held this request")])
@@ -178,7 +207,8 @@ async def test_streamed_chunks_of_choices_are_valid_json(tokenizer: TextTokenize
 
     text = 'quotes " and \\ and \n and \u2028'
     generations = [start(tokenizer, tell(tokenizer, text))[0] for _ in range(2)]
-    renderer = ChatRenderer(Head.now("x", 'na"me', "f"), generations, 2, tokenizer)
+    prepared = Prepared(specs=[generation.spec for generation in generations], num_choices=2, num_candidates=2)
+    renderer = ChatRenderer(Head.now("x", 'na"me', "f"), generations, prepared, tokenizer)
     texts = ["", ""]
     async for data in renderer.stream(include_usage=False):
         for line in data.decode().split("\n\n"):

@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tokenplane_api.app import create_app
+from tokenplane_api.http_guard import guarded_protocol
 from tokenplane_api.server import bind, url_of
 from tokenplane_api.service import Service
 from tokenplane_api.settings import Settings
@@ -74,15 +75,18 @@ def live_server(
     step_ms: float = 0,
     wait_ready: bool = True,
     engine: dict[str, Any] | None = None,
+    client_type: type[EngineClient] = EngineClient,
     **settings: Any,
 ) -> Iterator[LiveServer]:
     """Serve the model folder on a free loopback port. step_ms: how long the device takes for a step."""
     config = EngineConfig(model=describe_model(folder, MODEL_ID), backend=backend, **(engine or {}))
     chosen = Settings(model_id=MODEL_ID, **settings)
-    client = EngineClient(config, chosen.max_concurrent_requests)
+    client = client_type(config, chosen.max_concurrent_requests, chosen.queue_timeout_s)
     app = create_app(client, TextTokenizer.load(folder), ChatTemplate.load(folder), chosen)
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=guarded_protocol(chosen), ws="none", log_config=None, access_log=False, lifespan="on")
+    )
     os.environ["TOKENPLANE_SIMULATED_STEP_MS"] = str(step_ms)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), name="live-server")
     url = url_of(listener)

@@ -1,12 +1,14 @@
-"""OpenAI requests to generation specs: defaults, ranges, chat template, tokens. The other way is render.py."""
+"""OpenAI requests to generation specs: defaults, ranges, tools, chat template. The other way is render.py."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
-from tokenplane_core.messages import SamplingParams
+from tokenplane_core.messages import Grammar, SamplingParams
 
 from ..checks import (
     check_prompt_length,
@@ -20,8 +22,14 @@ from ..errors import NOT_FOUND, ApiError, invalid
 from ..generation import GenerationSpec
 from ..service import Service
 from ..settings import Limits
-from .prompts import encode_prompts, render_chat
+from ..structured import VLLM_FIELDS, at_most_one, from_openai, from_vllm
+from ..text.answer_format import AnswerParser
+from ..text.reasoning import ReasoningSplitter
+from ..text.tool_calls import ToolCallParser
+from .chat_prompt import num_characters, render_chat
+from .prompts import encode_prompts
 from .schemas import NEUTRAL, ChatRequest, CompletionRequest, SamplingFields
+from .tools import ToolUse, calls_grammar, tool_use
 
 MAX_CHOICES = 16
 """`n` may be this at most; OpenAI allows 128, which no single engine should run for one client."""
@@ -41,21 +49,38 @@ def check_model(name: str | None, service: Service) -> None:
         )
 
 
-async def chat_specs(request: ChatRequest, service: Service) -> list[GenerationSpec]:
-    """One spec for each of the `n` choices."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A checked request, ready to run.
+
+    specs: for each prompt its candidates. num_choices: how many candidates of each prompt the client wants to see.
+    new_parser: of chat answers that may hold more than text. echoes: the texts that go in front, one for each spec.
+    """
+
+    specs: list[GenerationSpec]
+    num_choices: int = 1
+    num_candidates: int = 1
+    new_parser: Callable[[], AnswerParser] | None = None
+    echoes: list[str] | None = None
+    wants_logprobs: bool = False
+
+
+async def prepare_chat(request: ChatRequest, service: Service) -> Prepared:
     limits = service.require_ready()
     check_model(request.model, service)
     _refuse_unsupported(request)
-    if request.top_logprobs is not None:
-        check_range("top_logprobs", request.top_logprobs, 0, MAX_TOP_LOGPROBS)
-        if not request.logprobs:
-            raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
     max_tokens = _one_of(request, "max_completion_tokens", "max_tokens")
-    sampling = _sampling(request, service, (request.top_logprobs or 0) if request.logprobs else -1)
-    # A template takes time with every message and every character.
-    num_chars = sum(100 + (len(m.content) if isinstance(m.content, str) else 1000) for m in request.messages)
-    text = await service.in_worker(num_chars, lambda: render_chat(request, service))
+    sampling = _sampling(request, service, _num_chat_logprobs(request))
+    tools = tool_use(request)
+    grammar = _grammar(request, tools, service)
+    text = await service.in_worker(num_characters(request), lambda: render_chat(request, tools, service))
+    format = service.answer_format
+    opens_reasoning = format.opens_reasoning(text)
+    if opens_reasoning and grammar is not None:
+        text = format.without_reasoning(text)
     prompt_ids = await service.encode(text, add_special_tokens=False)
+    marks = format.reasoning if grammar is None else None
+    parses = tools is not None or marks is not None
     spec = GenerationSpec(
         prompt_text=text,
         prompt_ids=prompt_ids,
@@ -63,26 +88,38 @@ async def chat_specs(request: ChatRequest, service: Service) -> list[GenerationS
         sampling=sampling,
         stop=_stops(request, service),
         ignore_eos=bool(request.ignore_eos),
+        shown_token_ids=format.shown_ids if parses else frozenset(),
+        grammar=grammar,
+        grammar_field=_grammar_field(request, tools),
         wants_tokens=sampling.num_logprobs >= 0,
     )
-    return _choices(spec, request)
+
+    def new_parser() -> AnswerParser:
+        return AnswerParser(
+            ReasoningSplitter(marks, opens_reasoning) if marks else None,
+            ToolCallParser(format.tools, tools.names, tools.max_calls, is_forced=tools.is_forced) if tools else None,
+        )
+
+    return Prepared(
+        specs=_choices(spec, request.n or 1),
+        num_choices=request.n or 1,
+        num_candidates=request.n or 1,
+        new_parser=new_parser if parses else None,
+        wants_logprobs=bool(request.logprobs),
+    )
 
 
-async def completion_specs(request: CompletionRequest, service: Service) -> list[GenerationSpec]:
-    """`n` specs for each prompt, prompt by prompt."""
+async def prepare_completion(request: CompletionRequest, service: Service) -> Prepared:
     limits = service.require_ready()
     check_model(request.model, service)
     _refuse_unsupported(request)
-    if request.logprobs is not None:
-        check_range("logprobs", request.logprobs, 0, MAX_TOP_LOGPROBS)
-    if request.best_of is not None and request.best_of != (request.n or 1):
-        raise invalid(
-            f"`best_of` is {request.best_of!r}; only the value of `n` ({request.n or 1}) is supported on this route",
-            "best_of",
-        )
-    sampling = _sampling(request, service, -1 if request.logprobs is None else request.logprobs)
+    num_choices = request.n or 1
+    num_candidates = _best_of(request, service)
+    sampling = _sampling(request, service, _num_logprobs(request, num_candidates))
     stops = _stops(request, service)
+    grammar = _grammar(request, None, service)
     specs: list[GenerationSpec] = []
+    echoes: list[str] = []
     for text, prompt_ids in await encode_prompts(request.prompt, service):
         spec = GenerationSpec(
             prompt_text=text,
@@ -91,10 +128,84 @@ async def completion_specs(request: CompletionRequest, service: Service) -> list
             sampling=sampling,
             stop=stops,
             ignore_eos=bool(request.ignore_eos),
+            grammar=grammar,
+            grammar_field=_grammar_field(request, None),
             wants_tokens=sampling.num_logprobs >= 0,
+            wants_prompt_logprobs=bool(request.echo) and request.logprobs is not None,
         )
-        specs += _choices(spec, request)
-    return specs
+        specs += _choices(spec, num_candidates)
+        echoes += [text or service.tokenizer.decode(prompt_ids)] * num_candidates
+    return Prepared(
+        specs=specs,
+        num_choices=num_choices,
+        num_candidates=num_candidates,
+        echoes=echoes if request.echo else None,
+        wants_logprobs=request.logprobs is not None,
+    )
+
+
+def _best_of(request: CompletionRequest, service: Service) -> int:
+    """How many candidates are generated for each prompt."""
+    n, best_of = request.n or 1, request.best_of
+    if best_of is None or best_of == n:
+        return n
+    check_range("best_of", best_of, 1, MAX_CHOICES)
+    if best_of < n:
+        raise invalid(f"`best_of` is {best_of}, but `n` is {n}; `best_of` must be at least `n`", "best_of")
+    if best_of > service.settings.max_best_of:
+        raise invalid(f"`best_of` is {best_of}, the limit is {service.settings.max_best_of} (--max-best-of)", "best_of")
+    if request.stream:
+        raise invalid(f"`best_of` is {best_of} and `stream` is true; the best is known only at the end", "best_of")
+    return best_of
+
+
+def _num_chat_logprobs(request: ChatRequest) -> int:
+    """As in SamplingParams."""
+    if request.top_logprobs is not None:
+        check_range("top_logprobs", request.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        if not request.logprobs:
+            raise invalid("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
+    return (request.top_logprobs or 0) if request.logprobs else -1
+
+
+def _num_logprobs(request: CompletionRequest, num_candidates: int) -> int:
+    """As in SamplingParams; candidates are compared by their log-probabilities."""
+    if request.logprobs is None:
+        return 0 if num_candidates > (request.n or 1) else -1
+    check_range("logprobs", request.logprobs, 0, MAX_TOP_LOGPROBS)
+    if request.echo and request.logprobs > 0:
+        raise invalid(
+            f"`logprobs` is {request.logprobs} and `echo` is true, but of a prompt only its own tokens'"
+            " log-probabilities are known; send `logprobs` 0",
+            "logprobs",
+            "unsupported_value",
+        )
+    return request.logprobs
+
+
+def _grammar(request: SamplingFields, tools: ToolUse | None, service: Service) -> Grammar | None:
+    """What the answer must be, if anything: a forced call, or what the client's words for it say."""
+    vllm = from_vllm({name: getattr(request, name) for name in VLLM_FIELDS})
+    field = _grammar_field(request, None)
+    grammar = at_most_one(response_format=from_openai(request.response_format), **({field: vllm} if vllm else {}))
+    if grammar is not None and tools is not None:
+        raise invalid(
+            f"`tools` and `{field}` exclude each other: the answer is either free to call or prescribed; leave one out,"
+            " or set `tool_choice` to 'none'",
+            field,
+        )
+    if tools is not None and tools.is_forced:
+        field, grammar = "tool_choice", calls_grammar(tools, service.answer_format.tools)
+    if grammar is not None and service.settings.disable_grammar_support:
+        raise invalid(f"`{field}` needs grammars, which the operator has disabled (--disable-grammar-support)", field)
+    return grammar
+
+
+def _grammar_field(request: SamplingFields, tools: ToolUse | None) -> str:
+    """The field that `_grammar` was made from."""
+    if tools is not None:
+        return "tools"
+    return next((name for name in VLLM_FIELDS if getattr(request, name) is not None), "response_format")
 
 
 def _room(field: str, num_prompt_tokens: int, max_tokens: int | None, limits: Limits) -> int:
@@ -127,7 +238,7 @@ def _refuse_unsupported(request: ChatRequest | CompletionRequest) -> None:
             )
     if isinstance(request, ChatRequest) and request.best_of not in (None, 1):
         raise invalid(
-            f"`best_of` is {request.best_of!r}; it is not supported on this route", "best_of", "unsupported_parameter"
+            "`best_of` is not supported on this route, only on /v1/completions", "best_of", "unsupported_parameter"
         )
     if request.stream_options is not None and not request.stream:
         raise invalid("`stream_options` is only allowed when `stream` is true", "stream_options")
@@ -203,11 +314,11 @@ def _one_of(request: ChatRequest, newer: str, older: str) -> int | None:
     return _max_tokens(request)
 
 
-def _choices(spec: GenerationSpec, request: SamplingFields) -> list[GenerationSpec]:
-    """`n` copies that differ in their seeds: seed, seed + 1, ... Greedy choices are equal, as asked."""
+def _choices(spec: GenerationSpec, count: int) -> list[GenerationSpec]:
+    """Copies that differ in their seeds: seed, seed + 1, ... Greedy choices are equal, as asked."""
     return [
         dataclasses.replace(
             spec, sampling=msgspec.structs.replace(spec.sampling, seed=(spec.sampling.seed + i) % 2**64)
         )
-        for i in range(request.n or 1)
+        for i in range(count)
     ]

@@ -1,4 +1,4 @@
-"""Generations to OpenAI's JSON: whole answers and stream chunks.
+"""Generations to OpenAI's JSON: what whole answers and stream chunks of both older routes have in common.
 
 A stream chunk is the same bytes but for a few values, so what is around them is built once for each request.
 """
@@ -18,12 +18,13 @@ from ..errors import ApiError, openai_body
 from ..generation import FinishReason, GeneratedToken, Generation, Output, Piece, merge
 from ..streaming import encode_line, event
 from ..text.tokenizer import TextTokenizer
+from .convert import Prepared
 
 _encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
 
-_FINISH: dict[FinishReason, Literal["stop", "length"]] = {
+FINISH: dict[FinishReason, Literal["stop", "length"]] = {
     "eos_token": "stop",
     "stop_sequence": "stop",
     "length": "length",
@@ -55,16 +56,26 @@ class Renderer:
     id_prefix: str
 
     def __init__(
-        self, head: Head, generations: Sequence[Generation], choices_per_prompt: int, tokenizer: TextTokenizer
+        self, head: Head, generations: Sequence[Generation], prepared: Prepared, tokenizer: TextTokenizer
     ) -> None:
         self._head = head
         self._generations = generations
-        self._choices_per_prompt = choices_per_prompt
+        self._prepared = prepared
         self._tokenizer = tokenizer
 
     def answer(self, outputs: Sequence[Output]) -> bytes:
-        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        choices = [self._choice(index, output) for index, output in enumerate(self._best(outputs))]
         return _encode({**self._fields(self.object), "choices": choices, "usage": self._usage()})
+
+    def _best(self, outputs: Sequence[Output]) -> Sequence[Output]:
+        """Of each prompt's candidates those the client sees, best first if there are more than that."""
+        given, wanted = self._prepared.num_candidates, self._prepared.num_choices
+        if given == wanted:
+            return outputs
+        best: list[Output] = []
+        for start in range(0, len(outputs), given):
+            best += sorted(outputs[start : start + given], key=_mean_logprob, reverse=True)[:wanted]
+        return best
 
     async def stream(self, include_usage: bool) -> AsyncGenerator[bytes, None]:
         """Chunks as the choices grow, the usage if asked for, and the end mark."""
@@ -76,7 +87,7 @@ class Renderer:
         async with aclosing(merge(self._generations)) as pieces:
             async for index, piece in pieces:
                 tokens = holders[index].release(piece)
-                if data := self._chunks(frames[index], piece, tokens, not started[index]):
+                if data := self._chunks(index, frames[index], piece, tokens, not started[index]):
                     started[index] = True
                     yield data
         if include_usage:
@@ -93,7 +104,7 @@ class Renderer:
         return sum(len(generation.spec.prompt_text) for generation in self._firsts())
 
     def _firsts(self) -> Sequence[Generation]:
-        return self._generations[:: self._choices_per_prompt]
+        return self._generations[:: self._prepared.num_candidates]
 
     def _usage(self) -> dict[str, Any]:
         prompt = self.num_prompt_tokens
@@ -117,7 +128,7 @@ class Renderer:
     def _choice(self, index: int, output: Output) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _chunks(self, frame: bytes, piece: Piece, tokens: list[GeneratedToken], is_first: bool) -> bytes:
+    def _chunks(self, index: int, frame: bytes, piece: Piece, tokens: list[GeneratedToken], is_first: bool) -> bytes:
         """The events for one piece; b"" if there is nothing to say."""
         raise NotImplementedError
 
@@ -125,83 +136,13 @@ class Renderer:
         raise NotImplementedError
 
     def _whole_logprobs(self, output: Output) -> dict[str, Any] | None:
-        if not output.generation.spec.wants_tokens:
+        if not self._prepared.wants_logprobs:
             return None
         return self._logprobs(_LogprobHolder().release(Piece(output.text, output.tokens, output.finish_reason)))
 
-    def _chunk(self, frame: bytes, body: bytes, logprobs: bytes, finish_reason: FinishReason | None) -> bytes:
-        finish = b'"%b"' % _FINISH[finish_reason].encode() if finish_reason else b"null"
+    def _chunk(self, frame: bytes, body: bytes, logprobs: bytes, finish_reason: str | None) -> bytes:
+        finish = b'"%b"' % finish_reason.encode() if finish_reason else b"null"
         return b'%b%b,"logprobs":%b,"finish_reason":%b%b' % (frame, body, logprobs, finish, self._frame_end)
-
-
-class ChatRenderer(Renderer):
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-    id_prefix = "chatcmpl"
-
-    def _choice(self, index: int, output: Output) -> dict[str, Any]:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": self._whole_logprobs(output),
-            "finish_reason": _FINISH[output.finish_reason],
-        }
-
-    def _chunks(self, frame: bytes, piece: Piece, tokens: list[GeneratedToken], is_first: bool) -> bytes:
-        events = []
-        if is_first:
-            events.append(self._chunk(frame, b'"delta":{"role":"assistant","content":""}', b"null", None))
-        if piece.text or tokens:
-            logprobs = encode_line(self._logprobs(tokens)) if tokens else b"null"
-            events.append(self._chunk(frame, b'"delta":{"content":%b}' % encode_line(piece.text), logprobs, None))
-        if piece.finish_reason:
-            events.append(self._chunk(frame, b'"delta":{}', b"null", piece.finish_reason))
-        return b"".join(events)
-
-    def _logprobs(self, tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
-        content = []
-        for token in tokens:
-            best = [self._logprob(token_id, logprob) for token_id, logprob in token.top_logprobs]
-            content.append({**self._logprob(token.id, token.logprob), "top_logprobs": best})
-        return {"content": content, "refusal": None}
-
-    def _logprob(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(token_id)
-        return {"token": self._tokenizer.token_text(token_id), "logprob": _number(logprob), "bytes": list(raw)}
-
-
-class CompletionRenderer(Renderer):
-    object = chunk_object = "text_completion"
-    id_prefix = "cmpl"
-
-    def _choice(self, index: int, output: Output) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": output.text,
-            "logprobs": self._whole_logprobs(output),
-            "finish_reason": _FINISH[output.finish_reason],
-        }
-
-    def _chunks(self, frame: bytes, piece: Piece, tokens: list[GeneratedToken], is_first: bool) -> bytes:
-        if not (piece.text or tokens or piece.finish_reason):
-            return b""
-        logprobs = encode_line(self._logprobs(tokens)) if tokens else b"null"
-        return self._chunk(frame, b'"text":%b' % encode_line(piece.text), logprobs, piece.finish_reason)
-
-    def _logprobs(self, tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
-        """The older format: four lists side by side. The drawn token is always among its top_logprobs."""
-        return {
-            "tokens": [self._tokenizer.token_text(token.id) for token in tokens],
-            "token_logprobs": [_number(token.logprob) for token in tokens],
-            "top_logprobs": [
-                {
-                    self._tokenizer.token_text(i): _number(value)
-                    for i, value in [*token.top_logprobs, (token.id, token.logprob)]
-                }
-                for token in tokens
-            ],
-            "text_offset": [token.start for token in tokens],
-        }
 
 
 class _LogprobHolder:
@@ -225,7 +166,13 @@ def error_events(error: ApiError) -> bytes:
     return event(openai_body(error)) + DONE
 
 
-def _number(logprob: float | None) -> float:
+def number(logprob: float | None) -> float:
+    """A log-probability as JSON can write it."""
     if logprob is None or not math.isfinite(logprob):
         return _NEVER
     return float(f"{logprob:.8g}")  # float32 holds no more digits
+
+
+def _mean_logprob(output: Output) -> float:
+    logprobs = [token.logprob for token in output.tokens if token.logprob is not None]
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf

@@ -1,4 +1,4 @@
-"""What OpenAI's routes take. Shapes only: ranges and combinations are checked in convert.py.
+"""What OpenAI's older routes take. Shapes only: ranges and combinations are checked in convert.py.
 
 Unknown fields are refused, as OpenAI does: a misspelt option must not be ignored in silence. Fields of servers that
 users come from (TGI, vLLM) are listed where we honour them, and in `NEUTRAL` where we cannot.
@@ -23,15 +23,44 @@ class TextPart(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    name: str
+    arguments: Any = None  # a string of JSON; clients of TGI send the object itself
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call of an earlier answer, as the client gives it back."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: str = "function"
+
+
 class Message(msgspec.Struct, frozen=True):
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
-    tool_calls: Any = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
     function_call: Any = None
     audio: Any = None
+
+
+class Function(msgspec.Struct, frozen=True, kw_only=True):
+    """strict: calls that are forced always fit the parameters; of free ones nothing can be promised."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    arguments: dict[str, Any] | None = None  # TGI's other name for parameters
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    type: str
+    function: Function | None = None
 
 
 class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -50,6 +79,14 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     temperature: float | None = None
     top_p: float | None = None
 
+    # What the answer must be: OpenAI's word for it, TGI's in the same field, and vLLM's. See structured.py.
+    response_format: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    structured_outputs: Any = None
+
     # Not OpenAI's, but asked for by users of other servers.
     ignore_eos: bool | None = None
     min_p: float | None = None
@@ -65,73 +102,57 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     safety_identifier: str | None = None
     user: str | None = None
 
-    # Not supported yet: see NEUTRAL.
-    best_of: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    response_format: Any = None
+    # Only neutral values: see NEUTRAL.
     service_tier: Any = None
     store: Any = None
-    structured_outputs: Any = None
 
 
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     messages: list[Message]
     logprobs: bool | None = None
     max_completion_tokens: int | None = None
+    reasoning_effort: str | None = None
     top_logprobs: int | None = None
+
+    parallel_tool_calls: bool | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    tool_prompt: str | None = None  # TGI's: words about the tools, for the model
+    tools: list[Tool] | None = None
 
     # As in vLLM. continue_final_message absent: exactly if the last message is the assistant's, as in TGI.
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
 
-    # Without `tools` this has no effect.
-    parallel_tool_calls: bool | None = None
-    tool_prompt: str | None = None
-
     audio: Any = None
+    best_of: Any = None
     function_call: Any = None
     functions: Any = None
     modalities: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    best_of: int | None = None
+    echo: bool | None = None
     logprobs: int | None = None
 
-    echo: Any = None
     suffix: Any = None
 
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "modalities": (["text"],),
     "prediction": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-"""Fields that cannot be honoured yet, with the values, besides null, that ask for nothing."""
+"""Fields that cannot be honoured, with the values, besides null, that ask for nothing."""

@@ -65,6 +65,7 @@ class ChatTemplate:
                 self._templates[name] = environment.from_string(_with_loop_budget(tree))
             except jinja2.TemplateSyntaxError as error:
                 raise ConfigError(f"{origin}: line {error.lineno} is not valid Jinja: {error.message}") from error
+        self.source = "\n".join(sources.values())
         self.variables = frozenset(variables)
         """What the template reads: `tools` is among them if it can describe tools to the model."""
 

@@ -60,3 +60,11 @@ class StopStrings:
             if any(stop.startswith(end) for stop in self._stops):
                 return start
         return len(text)
+
+
+def overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` are the beginning of `mark`, short of all of it."""
+    for size in range(min(len(text), len(mark) - 1), 0, -1):
+        if text.endswith(mark[:size]):
+            return size
+    return 0

@@ -12,7 +12,7 @@ character in a byte-fallback vocabulary, and its window grows as long as tokens 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from .tokenizer import TextTokenizer
 
@@ -29,18 +29,27 @@ class StreamDecoder:
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: TextTokenizer,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown_ids: Container[int] = (),
     ) -> None:
         """prompt_ids: what comes before, if the text continues it: the first token keeps its leading space, and a
-        character that the prompt cut is completed. Only the last few are looked at."""
-        self._is_skipped = tokenizer.is_special if skip_special_tokens else _never
+        character that the prompt cut is completed. Only the last few are looked at. shown_ids: special tokens that
+        are not skipped."""
+        self._skips = skip_special_tokens
+        self._is_special = tokenizer.is_special
+        self._shown_ids = shown_ids
         self._decoder = _ByteDecoder(tokenizer) if tokenizer.is_byte_level else _PieceDecoder(tokenizer)
         for token_id in prompt_ids[-_NUM_PROMPT_IDS:]:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; "" while a character is incomplete or if the token is skipped."""
-        return "" if self._is_skipped(token_id) else self._decoder.push(token_id)
+        if self._skips and self._is_special(token_id) and token_id not in self._shown_ids:
+            return ""
+        return self._decoder.push(token_id)
 
     def flush(self) -> str:
         """What was held back, at the end of the sequence: U+FFFD for a character that nothing completed.
@@ -49,10 +58,6 @@ class StreamDecoder:
             Ends the sequence; do not push after it.
         """
         return self._decoder.flush()
-
-
-def _never(token_id: int) -> bool:
-    return False
 
 
 class _ByteDecoder:

@@ -117,6 +117,11 @@ class TextTokenizer:
         piece: str | None = self._tokenizer.id_to_token(token_id)
         return piece
 
+    def token_id(self, piece: str) -> int | None:
+        """The id of the one token that is written so; None if the vocabulary has none."""
+        token_id: int | None = self._tokenizer.token_to_id(piece)
+        return token_id
+
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` skips it."""
         return token_id in self._special_ids

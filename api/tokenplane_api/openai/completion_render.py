@@ -1,0 +1,81 @@
+"""Completions: plain text, behind the prompt if the client wants it echoed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from ..generation import GeneratedToken, Generation, Output, Piece, prompt_tokens
+from ..streaming import encode_line
+from .render import FINISH, Renderer, number
+
+
+class CompletionRenderer(Renderer):
+    object = chunk_object = "text_completion"
+    id_prefix = "cmpl"
+
+    def _choice(self, index: int, output: Output) -> dict[str, Any]:
+        logprobs = self._whole_logprobs(output)
+        text = output.text
+        if self._prepared.echoes is not None:
+            echo = self._prepared.echoes[self._generations.index(output.generation)]
+            text = echo + text
+            if logprobs is not None:
+                logprobs = _joined(self._echo_logprobs(output.generation), logprobs, len(echo))
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": FINISH[output.finish_reason],
+        }
+
+    def _chunks(self, index: int, frame: bytes, piece: Piece, tokens: list[GeneratedToken], is_first: bool) -> bytes:
+        text = piece.text
+        logprobs = self._logprobs(tokens) if tokens else None
+        if self._prepared.echoes is not None:
+            echo = self._prepared.echoes[index]
+            if logprobs is not None:
+                logprobs["text_offset"] = [len(echo) + offset for offset in logprobs["text_offset"]]
+            if is_first:
+                text = echo + text
+                if self._prepared.wants_logprobs:
+                    logprobs = _joined(self._echo_logprobs(self._generations[index]), logprobs or self._logprobs([]), 0)
+        if not (text or logprobs or piece.finish_reason):
+            return b""
+        finish_reason = FINISH[piece.finish_reason] if piece.finish_reason else None
+        return self._chunk(frame, b'"text":%b' % encode_line(text), encode_line(logprobs), finish_reason)
+
+    def _echo_logprobs(self, generation: Generation) -> dict[str, Any]:
+        """Of the prompt, in the same four lists; nothing is known of the first token, and of no alternatives."""
+        tokens = prompt_tokens(generation, self._tokenizer)
+        texts = [token.text for token in tokens]
+        logprobs = [None if token.logprob is None else number(token.logprob) for token in tokens]
+        return {
+            "tokens": texts,
+            "token_logprobs": logprobs,
+            "top_logprobs": [
+                None if logprob is None else {text: logprob} for text, logprob in zip(texts, logprobs, strict=True)
+            ],
+            "text_offset": list(itertools.accumulate((len(text) for text in texts[:-1]), initial=0)) if texts else [],
+        }
+
+    def _logprobs(self, tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
+        """The older format: four lists side by side. The drawn token is always among its top_logprobs."""
+        return {
+            "tokens": [self._tokenizer.token_text(token.id) for token in tokens],
+            "token_logprobs": [number(token.logprob) for token in tokens],
+            "top_logprobs": [
+                {
+                    self._tokenizer.token_text(i): number(value)
+                    for i, value in [*token.top_logprobs, (token.id, token.logprob)]
+                }
+                for token in tokens
+            ],
+            "text_offset": [token.start for token in tokens],
+        }
+
+
+def _joined(echo: dict[str, Any], logprobs: dict[str, Any], num_echo_chars: int) -> dict[str, Any]:
+    shifted = {**logprobs, "text_offset": [num_echo_chars + offset for offset in logprobs["text_offset"]]}
+    return {name: column + shifted[name] for name, column in echo.items()}

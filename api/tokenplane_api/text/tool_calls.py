@@ -1,0 +1,276 @@
+"""Finds function calls in an answer, while it is being written, in the notations that model families were taught.
+
+Knows text only: which notation a model writes is decided in answer_format.py. However the text is split into pieces,
+the deltas add up to the same contents and the same calls.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from .json_calls import WHITESPACE, CallReader
+from .stop_strings import overlap
+
+_SEPARATORS = frozenset(WHITESPACE + "[],;")
+"""What may stand around calls: lists of them, and the semicolons of Llama."""
+
+_AFTER_CALL = WHITESPACE + "],;"
+
+_NAME = re.compile(r"\s*([\w.\-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?")
+_MOST_NAME_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """A notation for calls.
+
+    marks: what stands before calls, each with what stands behind them ("" for nothing). is_bare: an answer may begin
+    with a call, without a mark. has_names: behind a mark may stand a name and the arguments alone. id_chars: how many
+    the id of a call has; templates of some families insist. forced: what is written before, between and after calls
+    that a grammar forces; a grammar cannot ask for special tokens. arguments_key: what the family calls arguments.
+    """
+
+    name: str
+    marks: tuple[tuple[str, str], ...]
+    is_bare: bool = False
+    has_names: bool = False
+    id_chars: int = 24
+    forced: tuple[str, str, str] = ("[", ", ", "]")
+    arguments_key: str = "arguments"
+
+    def new_id(self) -> str:
+        digits = secrets.token_hex(self.id_chars // 2 + 1)[: self.id_chars]
+        return f"call_{digits}" if self.id_chars > 9 else digits
+
+
+TOOL_FORMATS = {
+    kind.name: kind
+    for kind in (
+        ToolFormat(
+            "hermes",
+            (("<tool_call>", "</tool_call>"),),
+            forced=("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+        ),
+        ToolFormat(
+            "llama3_json",
+            (("<|python_tag|>", ""),),
+            is_bare=True,
+            forced=("", "; ", ""),
+            arguments_key="parameters",
+        ),
+        ToolFormat("mistral", (("[TOOL_CALLS]", ""),), has_names=True, id_chars=9),
+        ToolFormat("json", (("```json", "```"), ("<tool_call>", "</tool_call>")), is_bare=True),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More of the answer, or of the thinking before it."""
+
+    text: str
+    is_reasoning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CallDelta:
+    """More of a call. The first delta of each call, and only that, has the id and the name."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+Delta = TextDelta | CallDelta
+
+
+class ToolCallParser:
+    """Turns the text of one answer into deltas."""
+
+    def __init__(
+        self, format: ToolFormat, names: Collection[str], max_calls: int | None = None, *, is_forced: bool = False
+    ) -> None:
+        """names: of the tools; where calls need no mark, only what has one of them is a call.
+
+        max_calls: calls beyond that are left out. is_forced: the answer is nothing but calls without marks.
+        """
+        self._format = format
+        self._names = names
+        self._max_calls = max_calls
+        self._num_calls = 0
+        self._reader: CallReader | None = None
+        self._buffer = ""
+        self._between = ""  # marks and separators that become text again if no call follows
+        self._call_text = ""  # what the reader took of a call that may still turn out to be none
+        self._may_be_name = False
+        self._checks_name = format.is_bare or is_forced
+        self._closer = ""
+        self._in_calls = format.is_bare or is_forced  # between calls, as opposed to in text
+        self._follows_call = False
+        self._is_started = False  # the call that is being read has been told of
+        self._deltas: list[Delta] = []
+
+    def push(self, text: str) -> list[Delta]:
+        self._buffer += text
+        while self._buffer and self._advance():
+            pass
+        return self._take()
+
+    def flush(self) -> list[Delta]:
+        """What was held back, once the answer is over."""
+        if self._in_calls and self._follows_call:
+            self._buffer = ""  # the beginning of a mark
+        if self._in_calls and not self._is_started:
+            self._give_up()
+        if not self._in_calls:
+            self._say(self._buffer)
+        self._buffer = ""
+        return self._take()
+
+    def _take(self) -> list[Delta]:
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _advance(self) -> bool:
+        """Use up some of the buffer; false if it takes more text to go on."""
+        if self._reader is not None:
+            return self._read_call(self._reader)
+        return self._read_between() if self._in_calls else self._read_text()
+
+    # --- In text --------------------------------------------------------------------------------------------
+
+    def _read_text(self) -> bool:
+        if self._follows_call:
+            self._buffer = self._buffer.lstrip()
+        found = [(at, mark) for mark in self._format.marks if (at := self._buffer.find(mark[0])) >= 0]
+        if not found:
+            keep = self._num_safe_chars()
+            self._say(self._buffer[:keep])
+            self._buffer = self._buffer[keep:]
+            return False
+        at, (opener, closer) = min(found)
+        text = self._buffer[:at].rstrip()
+        self._say(text)
+        end = at + len(opener)
+        self._between = self._buffer[len(text) : end]
+        self._buffer = self._buffer[end:]
+        self._in_calls, self._follows_call = True, False
+        self._enter(closer)
+        return True
+
+    def _enter(self, closer: str) -> None:
+        self._closer, self._may_be_name = closer, self._format.has_names
+
+    def _num_safe_chars(self) -> int:
+        """Up to where no mark can begin; neither can the whitespace in front of one."""
+        text = self._buffer
+        longest = max(overlap(text, opener) for opener, _ in self._format.marks)
+        return len(text[: len(text) - longest].rstrip())
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._deltas.append(TextDelta(text))
+            self._follows_call = False
+
+    # --- Between calls --------------------------------------------------------------------------------------
+
+    def _read_between(self) -> bool:
+        """Behind a mark or a call: what may come is a call, a separator, the closing mark or another opening one."""
+        for mark in filter(None, (self._closer, *(opener for opener, _ in self._format.marks))):
+            if self._buffer.startswith(mark):
+                self._pass_mark(mark)
+                return True
+        if any(overlap(self._buffer, opener) == len(self._buffer) for opener, _ in self._format.marks):
+            return False
+        if self._closer.startswith(self._buffer):
+            return False
+        first = self._buffer[0]
+        if first == "{":
+            self._reader = CallReader()
+        elif self._may_be_name and first not in _SEPARATORS:
+            return self._read_name()
+        elif first in _SEPARATORS:
+            self._between += first
+            self._buffer = self._buffer[1:]
+            self._may_be_name = self._may_be_name and first in WHITESPACE
+        else:
+            self._give_up()
+        return True
+
+    def _pass_mark(self, mark: str) -> None:
+        self._buffer = self._buffer[len(mark) :]
+        if mark == self._closer and self._follows_call:
+            self._leave()
+            return
+        self._between += mark
+        if mark == self._closer:
+            self._give_up()
+        else:
+            self._enter(dict(self._format.marks)[mark])
+
+    def _read_name(self) -> bool:
+        """Behind a mark: `name[ARGS]{...}`."""
+        at = self._buffer.find("{")
+        if at < 0 and len(self._buffer) < _MOST_NAME_CHARS:
+            return False
+        name = _NAME.fullmatch(self._buffer[: max(at, 0)])
+        if name is None:
+            self._give_up()
+            return True
+        self._between += self._buffer[:at]
+        self._buffer = self._buffer[at:]
+        self._reader = CallReader(name[1])
+        return True
+
+    def _give_up(self) -> None:
+        """What was held back is no call but text. Behind a call, separators are not even that."""
+        held = self._between.lstrip(_AFTER_CALL) if self._follows_call else self._between
+        self._buffer = self._call_text + self._buffer
+        follows_call = self._follows_call
+        self._leave()
+        self._follows_call = follows_call
+        self._say(held)
+
+    def _leave(self) -> None:
+        """On with text."""
+        self._in_calls, self._reader, self._is_started = False, None, False
+        self._between = self._call_text = self._closer = ""
+        self._may_be_name = False
+
+    # --- In a call ------------------------------------------------------------------------------------------
+
+    def _read_call(self, reader: CallReader) -> bool:
+        end = reader.push(self._buffer)
+        self._call_text += self._buffer[:end]
+        self._buffer = self._buffer[end:]
+        if not self._is_started and reader.is_call:
+            if self._checks_name and reader.name not in self._names:
+                self._give_up()
+                return True
+            self._start(reader.name or "")
+        if self._is_started:
+            self._call_text = ""
+            self._tell(reader.take_arguments())
+        if reader.is_broken:
+            self._leave() if self._is_started else self._give_up()
+        elif reader.is_done:
+            self._reader, self._is_started = None, False
+        return reader.is_broken or reader.is_done
+
+    def _start(self, name: str) -> None:
+        self._is_started = self._follows_call = True
+        self._between, self._may_be_name = "", False
+        if self._is_wanted(self._num_calls):
+            self._deltas.append(CallDelta(self._num_calls, "", self._format.new_id(), name))
+        self._num_calls += 1
+
+    def _tell(self, arguments: str) -> None:
+        if arguments and self._is_wanted(self._num_calls - 1):
+            self._deltas.append(CallDelta(self._num_calls - 1, arguments))
+
+    def _is_wanted(self, index: int) -> bool:
+        return self._max_calls is None or index < self._max_calls
