@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from helpers.live_server import MODEL_ID, LiveServer
+from helpers.live_server import MODEL_ID, LiveServer, live_server, wait_until
 
 INPUTS = "What is the capital of France?"
 
@@ -46,8 +51,69 @@ def test_details_tell_every_token(client: httpx.Client) -> None:
         assert top[0]["id"] == token["id"], "greedy takes the best"
 
 
-def test_decoder_input_details_turn_details_on(client: httpx.Client) -> None:
-    assert generate(client, decoder_input_details=True)["details"]["prefill"] == []
+def test_decoder_input_details_tell_the_prompt(client: httpx.Client) -> None:
+    """They turn details on, and cost neither the text nor its logprobs anything."""
+    plain = generate(client, details=True)
+    answer = generate(client, decoder_input_details=True)
+    prefill = answer["details"].pop("prefill")
+    assert [token["id"] for token in prefill] == [
+        token["id"] for token in client.post("/tokenize", json={"inputs": INPUTS}).json()
+    ]
+    assert "".join(token["text"] for token in prefill) == INPUTS
+    assert all(list(token) == ["id", "text", "logprob"] for token in prefill)
+    assert prefill[0]["logprob"] is None
+    assert all(token["logprob"] < 0 for token in prefill[1:])
+    del plain["details"]["prefill"]
+    assert answer == plain
+
+
+def test_decoder_input_details_of_a_cached_prompt_in_pieces_are_complete(client: httpx.Client) -> None:
+    inputs = INPUTS * 100
+    body = {"inputs": inputs, "parameters": {"max_new_tokens": 1, "decoder_input_details": True}}
+    first, again = (client.post("/generate", json=body).json()["details"]["prefill"] for _ in range(2))
+    assert first == again
+    assert None not in [token["logprob"] for token in first[1:]]
+    assert "".join(token["text"] for token in first) == inputs
+
+
+def test_every_candidate_tells_the_same_prompt(client: httpx.Client) -> None:
+    details = generate(client, best_of=2, do_sample=True, decoder_input_details=True)["details"]
+    assert len(details["prefill"]) > 1
+    assert details["best_of_sequences"][0]["prefill"] == details["prefill"]
+
+
+def test_prompt_logprobs_outlive_the_engine(model_folder: Path) -> None:
+    """It is killed while it computes the prompt; another computes it from the start."""
+    body = {"inputs": INPUTS * 60, "parameters": {"max_new_tokens": 3, "decoder_input_details": True}}
+    slow = live_server(model_folder, step_ms=20, engine={"max_step_tokens": 16})
+    with slow as live, live.client() as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.post, "/generate", json=body)
+        wait_until(lambda: live.service.engine.num_live == 1, 5, "the request to be submitted")
+        time.sleep(0.1)  # five of its thirty and more steps
+        pid = live.service.engine.engine_pid
+        assert pid is not None and not asked.done()
+        os.kill(pid, signal.SIGKILL)
+        interrupted = asked.result(timeout=30)
+        assert live.service.engine.num_restarts == 1
+        assert interrupted.status_code == 200
+        assert interrupted.json() == client.post("/generate", json=body).json()
+
+
+def test_a_device_without_prompt_logprobs_refuses_them(model_folder: Path) -> None:
+    with live_server(model_folder, backend="simulated-neuron") as live, live.client() as client:
+        body = {"inputs": INPUTS, "parameters": {"max_new_tokens": 1, "decoder_input_details": True}}
+        answer = client.post("/generate", json=body)
+        assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
+        assert "decoder_input_details" in answer.json()["error"] and "simulated-neuron" in answer.json()["error"]
+        assert generate(client, details=True)["details"]["prefill"] == []
+
+
+def test_grammars_can_be_turned_off(model_folder: Path) -> None:
+    with live_server(model_folder, disable_grammar_support=True) as live, live.client() as client:
+        body = {"inputs": INPUTS, "parameters": {"grammar": {"type": "regex", "value": "a"}}}
+        answer = client.post("/generate", json=body)
+        assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
+        assert "--disable-grammar-support" in answer.json()["error"]
 
 
 def test_absent_parameters_sample_and_empty_ones_do_not(client: httpx.Client) -> None:
@@ -212,10 +278,20 @@ def test_info_has_tgis_fields(client: httpx.Client, server: LiveServer) -> None:
 def test_headers_of_a_native_answer_and_stream(client: httpx.Client) -> None:
     body = {"inputs": INPUTS, "parameters": {"max_new_tokens": 3}}
     answer = client.post("/generate", json=body)
+    assert answer.headers["content-type"] == "application/json"
+    names = ("x-total-time", "x-validation-time", "x-queue-time", "x-inference-time", "x-time-per-token")
+    total, validation, queue, inference, per_token = (int(answer.headers[name]) for name in names)
+    assert abs(total - validation - queue - inference) <= 2
+    assert per_token == pytest.approx(inference / 3, abs=1)
+    assert float(answer.headers["x-compute-time"]) == pytest.approx(total / 1000, abs=0.001)
+    assert int(answer.headers["x-prompt-tokens"]) == len(client.post("/tokenize", json={"inputs": INPUTS}).json())
+    refused = client.post("/generate", json={"inputs": ""})
+    assert not any(name.startswith("x-compute") for name in refused.headers)
     assert answer.headers["x-compute-characters"] == str(len(INPUTS))
     assert answer.headers["x-generated-tokens"] == "3"
     streamed = client.post("/generate_stream", json=body)
     assert streamed.headers["x-accel-buffering"] == "no"
+    assert streamed.headers["x-compute-type"] == answer.headers["x-compute-type"] == "1-simulated-cuda"
     assert streamed.headers["x-compute-characters"] == str(len(INPUTS))
     assert "x-generated-tokens" not in streamed.headers
 

@@ -20,6 +20,7 @@ from ..errors import invalid
 from ..generation import GenerationSpec
 from ..service import Service
 from ..settings import Limits, Settings
+from ..structured import from_tgi
 from .schemas import GenerateRequest, Parameters
 
 SLICE_TOKENS = 1024
@@ -53,8 +54,10 @@ async def generate_specs(request: GenerateRequest, service: Service, streaming: 
         keep_stop=True,
         wants_tokens=wants_tokens or best_of > 1,
         wants_token_texts=wants_tokens,
+        grammar=from_tgi(parameters.grammar),
+        wants_prompt_logprobs=parameters.decoder_input_details,
     )
-    return [spec] if best_of == 1 else [_with_new_seed(spec) for _ in range(best_of)]
+    return [spec, *(_another(spec) for _ in range(best_of - 1))]
 
 
 def wants_details(parameters: Parameters) -> bool:
@@ -99,9 +102,15 @@ def _check_parameters(parameters: Parameters, settings: Settings) -> None:
     if parameters.top_n_tokens is not None:
         check_range("top_n_tokens", parameters.top_n_tokens, 0, settings.max_top_n_tokens)
     if parameters.watermark:
-        raise invalid("`watermark` is true, but this server cannot watermark; leave it out", "watermark")
-    if parameters.grammar is not None:
-        raise invalid("`grammar` is set, but this server has no grammar support; leave it out", "grammar")
+        raise invalid(
+            "`watermark` is true, but this server does not watermark: the green lists that detectors look for come from"
+            " the random numbers of one kind of device, which no other repeats; set it to false",
+            "watermark",
+        )
+    if parameters.grammar is not None and settings.disable_grammar_support:
+        raise invalid(
+            "`grammar` is set, but grammars are turned off (--disable-grammar-support); leave it out", "grammar"
+        )
     if parameters.adapter_id is not None:
         raise invalid(f"`adapter_id` is {parameters.adapter_id!r}, but this server has no adapters", "adapter_id")
 
@@ -144,5 +153,7 @@ def _sampling(parameters: Parameters, service: Service, wants_logprobs: bool) ->
     )
 
 
-def _with_new_seed(spec: GenerationSpec) -> GenerationSpec:
-    return dataclasses.replace(spec, sampling=msgspec.structs.replace(spec.sampling, seed=draw_seed()))
+def _another(spec: GenerationSpec) -> GenerationSpec:
+    """For best_of: with a seed of its own; the prompt's log-probabilities are told once."""
+    sampling = msgspec.structs.replace(spec.sampling, seed=draw_seed())
+    return dataclasses.replace(spec, sampling=sampling, wants_prompt_logprobs=False)

@@ -8,10 +8,13 @@ from collections.abc import AsyncGenerator, Sequence
 import msgspec
 
 from ..errors import ApiError, tgi_body
-from ..generation import GeneratedToken, Generation, Output
+from ..generation import GeneratedToken, Generation, Output, prompt_tokens
 from ..streaming import event
 from ..text.tokenizer import TextTokenizer
-from .schemas import BestOfSequence, Details, GenerateResponse, StreamDetails, StreamResponse, Token
+from .schemas import BestOfSequence, Details, GenerateResponse, PrefillToken, StreamDetails, StreamResponse, Token
+
+_NO_TOKEN = GeneratedToken(id=0, logprob=None, top_logprobs=[], start=0, is_special=True)
+"""For the last event of a stream that a grammar ends although the model has no token for an end."""
 
 
 def pick_best(outputs: Sequence[Output]) -> list[Output]:
@@ -29,15 +32,17 @@ def generate_response(
 ) -> GenerateResponse:
     """The answer; outputs[0] is the winner, the rest are told in its details."""
     best, *others = outputs
-    text = _text(best, full_text)
+    text = text_of(best, full_text)
     if not with_details:
         return GenerateResponse(generated_text=text)
+    prefill = _prefill(outputs, tokenizer)
     sequences = [
         BestOfSequence(
-            generated_text=_text(output, full_text),
+            generated_text=text_of(output, full_text),
             finish_reason=output.finish_reason,
             generated_tokens=output.generation.num_tokens,
             seed=seed_of(output.generation),
+            prefill=prefill,
             tokens=[_token(token) for token in output.tokens],
             top_tokens=_top_tokens(output.tokens, tokenizer),
         )
@@ -47,6 +52,7 @@ def generate_response(
         finish_reason=best.finish_reason,
         generated_tokens=best.generation.num_tokens,
         seed=seed_of(best.generation),
+        prefill=prefill,
         tokens=[_token(token) for token in best.tokens],
         best_of_sequences=sequences or msgspec.UNSET,
         top_tokens=_top_tokens(best.tokens, tokenizer),
@@ -62,15 +68,18 @@ async def stream_events(
     index = 0
     async for piece in generation:
         output.text += piece.text
-        for i, token in enumerate(piece.tokens):
+        tokens = piece.tokens
+        if not tokens and piece.finish_reason is not None:
+            tokens = [_NO_TOKEN]
+        for i, token in enumerate(tokens):
             index += 1
-            is_last = piece.finish_reason is not None and i == len(piece.tokens) - 1
+            is_last = piece.finish_reason is not None and i == len(tokens) - 1
             yield event(
                 StreamResponse(
                     index=index,
                     token=_token(token),
                     top_tokens=_tops(token, tokenizer) or msgspec.UNSET,
-                    generated_text=_text(output, full_text) if is_last else None,
+                    generated_text=text_of(output, full_text) if is_last else None,
                     details=_stream_details(generation) if is_last and with_details else None,
                 )
             )
@@ -96,8 +105,18 @@ def _stream_details(generation: Generation) -> StreamDetails:
     )
 
 
-def _text(output: Output, full_text: bool) -> str:
+def text_of(output: Output, full_text: bool) -> str:
+    """full_text: with the prompt in front."""
     return output.generation.spec.prompt_text + output.text if full_text else output.text
+
+
+def _prefill(outputs: Sequence[Output], tokenizer: TextTokenizer) -> list[PrefillToken]:
+    """The prompt, which all outputs have in common; one generation at most knows its log-probabilities."""
+    return [
+        PrefillToken(token.id, token.text, _number(token.logprob))
+        for output in outputs
+        for token in prompt_tokens(output.generation, tokenizer)
+    ]
 
 
 def _token(token: GeneratedToken) -> Token:

@@ -54,12 +54,7 @@ async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await read_json(request, _decoder, service.settings.payload_limit_bytes)
     text = body.inputs
-
-    def answer() -> Response:
-        tokens = service.tokenizer.encode_offsets(text)
-        return _json([{"id": id, "text": part, "start": start, "stop": stop} for id, part, start, stop in tokens])
-
-    return await service.in_worker(len(text), answer)
+    return _json(await service.in_worker(len(text), lambda: simple_tokens(text, service)))
 
 
 @router.get("/info")
@@ -96,6 +91,12 @@ async def info(request: Request) -> Response:
             "memory": engine.memory,
         }
     )
+
+
+def simple_tokens(text: str, service: Service, add_special_tokens: bool = True) -> list[dict[str, int | str]]:
+    """TGI's SimpleTokens: positions in the UTF-8 bytes of the text."""
+    tokens = service.tokenizer.encode_offsets(text, add_special_tokens)
+    return [{"id": id, "text": part, "start": start, "stop": stop} for id, part, start, stop in tokens]
 
 
 async def _generate(

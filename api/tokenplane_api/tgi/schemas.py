@@ -46,6 +46,18 @@ class CompatGenerateRequest(GenerateRequest, frozen=True, kw_only=True):
     stream: bool = False
 
 
+class VertexRequest(msgspec.Struct, frozen=True):
+    """Each instance is a GenerateRequest, or a chat request if it has `messages`."""
+
+    instances: list[msgspec.Raw]
+
+
+class PrefillToken(msgspec.Struct, frozen=True):
+    id: int
+    text: str
+    logprob: float | None  # null for the first
+
+
 class Token(msgspec.Struct, frozen=True):
     id: int
     text: str
@@ -75,7 +87,7 @@ class BestOfSequence(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str
     generated_tokens: int
     seed: int | None
-    prefill: list[Token] = []
+    prefill: list[PrefillToken] = []
     tokens: list[Token] = []
     top_tokens: list[list[Token]] | msgspec.UnsetType = msgspec.UNSET
 
@@ -84,7 +96,7 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str
     generated_tokens: int
     seed: int | None
-    prefill: list[Token] = []  # filled only by servers that keep prompt logprobs, which this one does not
+    prefill: list[PrefillToken] = []  # with decoder_input_details
     tokens: list[Token] = []
     best_of_sequences: list[BestOfSequence] | msgspec.UnsetType = msgspec.UNSET
     top_tokens: list[list[Token]] | msgspec.UnsetType = msgspec.UNSET
