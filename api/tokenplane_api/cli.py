@@ -1,349 +1,186 @@
-"""The command line: `tokenplane serve`, `plan`, `devices`, `new-backend`. Options have TGI's names where they exist."""
+"""The command line: `tokenplane serve`, `plan`, `devices`, `new-backend`; and `text-generation-launcher`, which serves.
+
+Which options there are stands in flags.py, how click sees them in options.py, what becomes of them in launcher.py.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import typer
-from typer.core import TyperCommand
+import click
 
-from tokenplane_core.backend.errors import ConfigError, TokenplaneError
+from tokenplane_core.backend.errors import TokenplaneError
 from tokenplane_core.backend.records import LoadOptions
+from tokenplane_core.logs import configure as configure_log
 
 from . import __version__
 from .devices import devices_json, devices_table
+from .flags import BY_NAME, FLAGS
+from .launcher import describe, plan_launch
 from .new_backend import new_backend
+from .options import GroupedCommand, config_option, option, sources
 from .plan import make_plan
-from .server import ServeOptions, is_ip_address
-from .server import serve as run_server
-from .settings import Settings
+from .versions import runtime_environment
 
-_MODEL, _ENGINE, _LIMITS, _HTTP = "Model", "Engine", "Limits", "HTTP"
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
-ANY_ADDRESS = "0.0.0.0"
+log = logging.getLogger("tokenplane.server")
 
 
-class GroupedCommand(TyperCommand):
-    """A command whose help lists its options under headings, in plain text that a narrow terminal does not cut."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
-                heading = getattr(parameter, "rich_help_panel", None) or "Other"
-                groups.setdefault(heading, []).append(record)
-        for heading, records in groups.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, "--version", "-V", prog_name="tokenplane", message="%(prog)s %(version)s")
+def app() -> None:
+    """One LLM server, any accelerator."""
 
 
-app = typer.Typer(
-    name="tokenplane",
-    help="One LLM server, any accelerator.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+# --- serve --------------------------------------------------------------------------------------------------
 
 
-def _option(
-    env: str, heading: str, text: str, *names: str, unset: str = "", low: int | None = None, high: int | None = None
-) -> Any:
-    """An option with its environment variable; `unset` says in the help what happens without it."""
-    return typer.Option(
-        *names, envvar=env, help=text, rich_help_panel=heading, min=low, max=high, show_default=unset or True
+def _serve(env: bool, config: Path | None, **values: Any) -> None:
+    """Serve a model over HTTP, with OpenAI's and TGI's routes.
+
+    Each option can also be set by a variable, its name in capitals (--max-best-of: MAX_BEST_OF) or the one in
+    brackets, and in the --config file by its name. The option wins over the variable, the variable over the file.
+    """
+    if env:
+        click.echo(runtime_environment())
+        if not values["model_id"]:
+            return
+    given = sources(click.get_current_context(), config)
+    launch = plan_launch(values, given, os.environ)
+    os.environ.update(launch.variables)
+    configure_log(launch.variables["LOG_LEVEL"], launch.options.json_output)
+    for noisy in ("uvicorn", "httpx", "asyncio"):
+        logging.getLogger(noisy).setLevel("WARNING")
+    log.info("Tokenplane %s; %s", __version__, describe(values, given))
+    for notice in launch.notices:
+        log.info("%s", notice)
+    from .server import serve as run_server  # the HTTP stack takes a second, which --help should not
+
+    run_server(launch.options, launch.settings)
+
+
+def _epilog() -> str:
+    lists = {
+        verdict: [f"--{flag.name}" for flag in FLAGS if flag.verdict == verdict] for verdict in ("needless", "refused")
+    }
+    return (
+        f"Accepted from TGI, with nothing left to do: {', '.join(lists['needless'])}.\n\n"
+        f"Refused, with what to do instead: {', '.join(lists['refused'])}."
     )
 
 
-@app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and exit.")] = False) -> None:
-    if version:
-        typer.echo(f"tokenplane {__version__}")
-        raise typer.Exit
+serve = GroupedCommand(
+    "serve",
+    callback=_serve,
+    help=_serve.__doc__,
+    short_help="Serve a model over HTTP.",
+    epilog=_epilog(),
+    context_settings=CONTEXT,
+    params=[
+        *map(option, FLAGS),
+        config_option(),
+        click.Option(
+            ["--env", "-e"], is_flag=True, help="Print versions and devices; then serve, if a model is given."
+        ),
+    ],
+)
+app.add_command(click.version_option(__version__, "--version", "-V", message="%(prog)s %(version)s")(serve))
 
 
-@app.command()
-def devices(
-    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-) -> None:
-    """Show every installed backend, its devices or exactly why it has none, and hardware that lacks its plugin."""
-    typer.echo(devices_json() if json else devices_table())
-
-
-@app.command("new-backend")
-def write_new_backend(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What --backend will call it.")],
-    path: Annotated[Path, typer.Option("--path", help="Folder to write NAME-backend to.")] = Path("."),
-) -> None:
-    """Write the package of a new backend, which already passes the conformance kit at its simplest level."""
-    folder = new_backend(name, path)
-    typer.echo(f"{folder} is written. Next:\n  pip install -e {folder}\n  pytest --tokenplane-backend {name}")
+# --- plan, devices, new-backend -----------------------------------------------------------------------------
 
 
 @app.command(short_help="Show where the memory would go, without the device.")
-def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or id on the Hugging Face hub.")],
-    device: Annotated[
-        str | None,
-        typer.Option(help="A catalogue name (H100), a size (80GiB) or a backend here.", show_default="the best here"),
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Of how many such devices.")] = 1,
-    revision: Annotated[str | None, _option("REVISION", _MODEL, "Branch, tag or commit on the hub.")] = None,
-    huggingface_hub_cache: Annotated[
-        Path | None, _option("HUGGINGFACE_HUB_CACHE", _MODEL, "Where downloads are kept.", unset="the hub library's")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        _option("DTYPE", _MODEL, "Number format of weights and cache.", unset="as the checkpoint was saved"),
-    ] = None,
-    max_total_tokens: Annotated[
-        int | None, _option("MAX_TOTAL_TOKENS", _LIMITS, "Longest prompt plus answer.", unset="the model's", low=2)
-    ] = None,
-    max_batch_prefill_tokens: Annotated[
-        int | None, _option("MAX_BATCH_PREFILL_TOKENS", _LIMITS, "Tokens computed in one step.", unset="2048", low=1)
-    ] = None,
-    max_batch_size: Annotated[
-        int | None, _option("MAX_BATCH_SIZE", _LIMITS, "Sequences computed at once.", unset="64", low=1)
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
-) -> None:
+@click.argument("model_id", metavar="MODEL", envvar="MODEL_ID")
+@click.option("--device", help="A catalogue name (H100), a size (80GiB) or a backend here.  [default: the best here]")
+@click.option("--count", type=click.IntRange(min=1), default=1, help="Of how many such devices.")
+@click.option("--json", is_flag=True, help="One JSON object instead of text.")
+def plan(model_id: str, device: str | None, count: int, json: bool, config: Path | None, **values: Any) -> None:
     """Show where a device's memory would go if it served the model.
 
-    Exit status: 0 if it fits, 1 if it does not, 2 if nothing could be planned.
+    Options, variables and the --config file are those of `tokenplane serve`. Exit status: 0 if it fits, 1 if it does
+    not, 2 if nothing could be planned.
     """
     try:
         report = make_plan(
-            model,
+            model_id,
             device,
             count,
-            revision=revision,
-            hub_cache=huggingface_hub_cache,
-            dtype=dtype,
-            max_model_tokens=max_total_tokens,
-            options=LoadOptions(max_step_tokens=max_batch_prefill_tokens, max_sequences=max_batch_size),
-            progress=lambda line: typer.echo(line, err=True),
+            revision=values["revision"],
+            hub_cache=values["huggingface_hub_cache"],
+            dtype=values["dtype"],
+            max_model_tokens=values["max_total_tokens"],
+            cache_tokens=values["max_batch_total_tokens"],
+            memory_fraction=values["cuda_memory_fraction"] or 1,
+            options=LoadOptions(
+                max_step_tokens=values["max_batch_prefill_tokens"], max_sequences=values["max_batch_size"]
+            ),
+            progress=lambda line: click.echo(line, err=True),
         )
     except TokenplaneError as error:
-        typer.echo(f"tokenplane: {error}", err=True)
-        raise typer.Exit(2) from error
-    typer.echo(report.json() if json else report.text())
-    raise typer.Exit(0 if report.fits else 1)
+        click.echo(f"tokenplane: {error}", err=True)
+        raise SystemExit(2) from error
+    click.echo(report.json() if json else report.text())
+    raise SystemExit(0 if report.fits else 1)
 
 
-@app.command(cls=GroupedCommand, short_help="Serve a model over HTTP.")
-def serve(
-    context: typer.Context,
-    model_id: Annotated[str, _option("MODEL_ID", _MODEL, "Model folder, or id on the Hugging Face hub.")],
-    revision: Annotated[str | None, _option("REVISION", _MODEL, "Branch, tag or commit on the hub.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        _option("DTYPE", _MODEL, "Number format of weights and cache.", unset="as the checkpoint was saved"),
-    ] = None,
-    tokenizer_config_path: Annotated[
-        Path | None,
-        _option("TOKENIZER_CONFIG_PATH", _MODEL, "A tokenizer_config.json, read instead of the model's own."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, _option("TRUST_REMOTE_CODE", _MODEL, "Run Python code that comes with the model.", "--trust-remote-code")
-    ] = False,
-    huggingface_hub_cache: Annotated[
-        Path | None, _option("HUGGINGFACE_HUB_CACHE", _MODEL, "Where downloads are kept.", unset="the hub library's")
-    ] = None,
-    served_model_name: Annotated[
-        str | None, _option("SERVED_MODEL_NAME", _MODEL, "What clients call the model.", unset="the model id")
-    ] = None,
-    backend: Annotated[
-        str | None,
-        _option(
-            "TOKENPLANE_BACKEND",
-            _ENGINE,
-            "Backend plugin to serve with; see `tokenplane devices`.",
-            unset="the best found",
-        ),
-    ] = None,
-    device_index: Annotated[
-        int | None,
-        _option(
-            "TOKENPLANE_DEVICE_INDEX",
-            _ENGINE,
-            "Which of its devices.",
-            unset="the one with the most free memory",
-            low=0,
-        ),
-    ] = None,
-    num_threads: Annotated[
-        int | None,
-        _option(
-            "TOKENPLANE_NUM_THREADS",
-            _ENGINE,
-            "Host threads the backend computes with.",
-            unset="its own choice",
-            low=1,
-        ),
-    ] = None,
-    ready_timeout: Annotated[
-        int,
-        _option(
-            "TOKENPLANE_READY_TIMEOUT",
-            _ENGINE,
-            "Seconds that loading, compiling and warming up may take; compilers of some devices take many minutes.",
-            low=1,
-        ),
-    ] = 600,
-    prefix_caching: Annotated[
-        bool,
-        _option(
-            "PREFIX_CACHING",
-            _ENGINE,
-            "Reuse the KV cache of equal prompt starts.",
-            "--prefix-caching/--no-prefix-caching",
-        ),
-    ] = True,
-    max_concurrent_requests: Annotated[
-        int,
-        _option("MAX_CONCURRENT_REQUESTS", _LIMITS, "Requests running or waiting; more are refused with 429.", low=1),
-    ] = 128,
-    max_input_tokens: Annotated[
-        int | None, _option("MAX_INPUT_TOKENS", _LIMITS, "Longest prompt.", unset="what fits", low=1)
-    ] = None,
-    max_total_tokens: Annotated[
-        int | None, _option("MAX_TOTAL_TOKENS", _LIMITS, "Longest prompt plus answer.", unset="what fits", low=2)
-    ] = None,
-    max_batch_prefill_tokens: Annotated[
-        int | None,
-        _option("MAX_BATCH_PREFILL_TOKENS", _LIMITS, "Tokens computed in one step.", unset="the backend's", low=1),
-    ] = None,
-    max_batch_total_tokens: Annotated[
-        int | None,
-        _option("MAX_BATCH_TOTAL_TOKENS", _LIMITS, "Tokens in the KV cache.", unset="what memory allows", low=1),
-    ] = None,
-    max_batch_size: Annotated[
-        int | None, _option("MAX_BATCH_SIZE", _LIMITS, "Sequences computed at once.", unset="the backend's", low=1)
-    ] = None,
-    max_best_of: Annotated[int, _option("MAX_BEST_OF", _LIMITS, "Largest `best_of`.", low=1)] = 2,
-    max_stop_sequences: Annotated[
-        int, _option("MAX_STOP_SEQUENCES", _LIMITS, "Most stop strings of a request.", low=0)
-    ] = 4,
-    max_top_n_tokens: Annotated[int, _option("MAX_TOP_N_TOKENS", _LIMITS, "Largest `top_n_tokens`.", low=0)] = 5,
-    max_client_batch_size: Annotated[
-        int, _option("MAX_CLIENT_BATCH_SIZE", _LIMITS, "Most prompts of one completions request.", low=1)
-    ] = 4,
-    payload_limit: Annotated[
-        int, _option("PAYLOAD_LIMIT", _LIMITS, "Largest request body, in bytes.", low=1)
-    ] = 2_000_000,
-    hostname: Annotated[str, _option("HOSTNAME", _HTTP, "Address to listen on.")] = ANY_ADDRESS,
-    port: Annotated[
-        int, _option("PORT", _HTTP, "Port to listen on; 0: any free one.", "--port", "-p", low=0, high=65535)
-    ] = 3000,
-    api_key: Annotated[
-        str | None, _option("API_KEY", _HTTP, "Clients must send it as a bearer token.", unset="open to all")
-    ] = None,
-    cors_allow_origin: Annotated[
-        list[str] | None,
-        _option("CORS_ALLOW_ORIGIN", _HTTP, "Web origin that may call; repeat for several.", unset="any"),
-    ] = None,
-    validation_workers: Annotated[
-        int, _option("VALIDATION_WORKERS", _HTTP, "Threads that tokenize long texts.", low=1)
-    ] = 2,
-    graceful_termination_timeout: Annotated[
-        int,
-        _option(
-            "GRACEFUL_TERMINATION_TIMEOUT",
-            _HTTP,
-            "Seconds that running requests may take after SIGTERM.",
-            "--graceful-termination-timeout",
-            "-g",
-            low=0,
-        ),
-    ] = 90,
-) -> None:
-    """Serve a model over HTTP, with OpenAI's and TGI's routes.
+UNSET_IN_PLANS = {
+    "revision": "",
+    "huggingface-hub-cache": "the hub library's",
+    "dtype": "as the checkpoint was saved",
+    "max-total-tokens": "the model's",
+    "max-batch-prefill-tokens": "the device's",
+    "max-batch-size": "the device's",
+    "max-batch-total-tokens": "what fits",
+    "cuda-memory-fraction": "",
+}
+"""The options of `serve` that a plan depends on, with what holds without them."""
 
-    Every option can also be set by the environment variable shown with it; the option wins.
+plan.params += [option(replace(BY_NAME[name], unset=unset)) for name, unset in UNSET_IN_PLANS.items()]
+plan.params.append(config_option())
+
+
+@app.command()
+@click.option("--json", is_flag=True, help="One JSON object instead of a table.")
+def devices(json: bool) -> None:
+    """Show every installed backend, its devices or exactly why it has none, and hardware that lacks its plugin."""
+    click.echo(devices_json() if json else devices_table())
+
+
+@app.command("new-backend")
+@click.argument("name", metavar="NAME")
+@click.option("--path", type=click.Path(path_type=Path), default=Path(), help="Folder to write NAME-backend to.")
+def write_new_backend(name: str, path: Path) -> None:
+    """Write the package of a new backend, which already passes the conformance kit at its simplest level.
+
+    NAME is what --backend will call it.
     """
-    _log_to_stderr()
-    options = ServeOptions(
-        model_id=model_id,
-        revision=revision,
-        backend=backend,
-        device_index=device_index,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        tokenizer_config_path=tokenizer_config_path,
-        hub_cache=huggingface_hub_cache,
-        num_threads=num_threads,
-        max_step_tokens=max_batch_prefill_tokens,
-        max_sequences=max_batch_size,
-        kv_cache_tokens=max_batch_total_tokens,
-        prefix_cache=prefix_caching,
-        ready_timeout_s=ready_timeout,
-        hostname=_usable_hostname(hostname, _is_from_environment(context, "hostname")),
-        port=port,
-        grace_s=graceful_termination_timeout,
-    )
-
-    def make_settings(model_sha: str | None) -> Settings:
-        return Settings(
-            model_id=model_id,
-            model_sha=model_sha,
-            served_model_name=served_model_name,
-            max_concurrent_requests=max_concurrent_requests,
-            max_best_of=max_best_of,
-            max_stop_sequences=max_stop_sequences,
-            max_top_n_tokens=max_top_n_tokens,
-            max_client_batch_size=max_client_batch_size,
-            max_input_tokens=max_input_tokens,
-            max_total_tokens=max_total_tokens,
-            payload_limit_bytes=payload_limit,
-            validation_workers=validation_workers,
-            api_key=_usable_key(os.environ.get("API_KEY") if api_key is None else api_key),
-            cors_allow_origins=tuple(cors_allow_origin or ("*",)),
-            compute_type=os.environ.get("COMPUTE_TYPE"),
-        )
-
-    run_server(options, make_settings)
+    folder = new_backend(name, path)
+    click.echo(f"{folder} is written. Next:\n  pip install -e {folder}\n  pytest --tokenplane-backend {name}")
 
 
-def _is_from_environment(context: typer.Context, option: str) -> bool:
-    source = context.get_parameter_source(option)
-    return source is not None and source.name == "ENVIRONMENT"
-
-
-def _usable_hostname(hostname: str, is_from_environment: bool) -> str:
-    """Containers set HOSTNAME to a name that says nothing about where to listen; an option means what it says."""
-    if is_from_environment and not is_ip_address(hostname):
-        logging.getLogger("tokenplane.server").warning(
-            "The environment sets HOSTNAME to %r, which is no IP address; listening on %s", hostname, ANY_ADDRESS
-        )
-        return ANY_ADDRESS
-    return hostname
-
-
-def _usable_key(key: str | None) -> str | None:
-    """Typer takes an empty variable for none; a secret that failed to arrive must not open the server to all."""
-    if key is not None and not key.strip():
-        raise ConfigError("--api-key (API_KEY) is empty; leave it out to serve without a key")
-    return key
-
-
-def _log_to_stderr() -> None:
-    level = os.environ.get("LOG_LEVEL", "info").upper()
-    known = level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO"
-    logging.basicConfig(stream=sys.stderr, level=known, format="%(asctime)s %(levelname)s %(message)s")
-    for noisy in ("uvicorn", "httpx", "asyncio"):
-        logging.getLogger(noisy).setLevel("WARNING")
+# --- Entry points -------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Exit code 0 after a clean end, 1 if the server cannot start, 2 for a wrong command line."""
+    """`tokenplane`. Exit code 0 after a clean end, 1 if the server cannot start, 2 for a wrong command line."""
+    _run(app, "tokenplane")
+
+
+def main_of_tgi() -> None:
+    """`text-generation-launcher`: the same as `tokenplane serve`."""
+    _run(serve, "text-generation-launcher")
+
+
+def _run(command: click.Command, name: str) -> None:
     try:
-        app(prog_name="tokenplane")
+        command(prog_name=name)
     except TokenplaneError as error:
         print(f"tokenplane: {error}", file=sys.stderr)
         sys.exit(1)

@@ -14,7 +14,7 @@ from tokenplane_core.backend.choice import choose, choose_device
 from tokenplane_core.backend.errors import ConfigError
 from tokenplane_core.backend.plugins import installed
 from tokenplane_core.backend.records import Device, LoadOptions, ModelSpec
-from tokenplane_core.memory import SIMULATED, MemoryPlan, format_bytes, format_table, shard_problem
+from tokenplane_core.memory import SIMULATED, MemoryPlan, format_bytes, format_table, shard_problem, share_of
 from tokenplane_core.model import describe_model
 from tokenplane_core.weight_files import Weights, count_weights, read_weights, weight_files
 
@@ -106,6 +106,8 @@ def make_plan(
     hub_cache: Path | None,
     dtype: str | None,
     max_model_tokens: int | None,
+    cache_tokens: int | None = None,
+    memory_fraction: float = 1.0,
     options: LoadOptions,
     progress: Callable[[str], None],
 ) -> PlanReport:
@@ -116,12 +118,13 @@ def make_plan(
     Raises:
         TokenplaneError: there is no such model, or no such device; the message is for the user.
     """
-    device = find_device(device_name)
+    device = share_of(find_device(device_name), memory_fraction)
     folder = resolve_model(model_id, revision, cache_dir=hub_cache, needs_weights=False, progress=progress)
     model = describe_model(folder, model_id, revision, dtype, max_model_tokens)
     is_local = Path(model_id).expanduser().exists()
     weights = Weights(0, 0, "") if device.kind == SIMULATED else _weights(model, is_local, hub_cache)
-    return PlanReport(MemoryPlan(model, weights, device, options, model.max_model_tokens), count)
+    required_tokens = cache_tokens or model.max_model_tokens
+    return PlanReport(MemoryPlan(model, weights, device, options, required_tokens, cache_tokens), count)
 
 
 def find_device(name: str | None) -> Device:
@@ -144,8 +147,11 @@ def verdict(plan: MemoryPlan) -> str:
     if plan.fits:
         return f"fits: room for {capacity:,} KV tokens, {capacity / length:,.1f} sequences of {length:,} tokens."
     needed = plan.fixed_bytes + plan.required_tokens * plan.kv.num_bytes
+    what = (
+        f"one sequence of {length:,}" if plan.cache_tokens_wish is None else f"a KV cache of {plan.required_tokens:,}"
+    )
     return (
-        f"does not fit: one sequence of {length:,} tokens needs {format_bytes(needed)} in all,"
+        f"does not fit: {what} tokens needs {format_bytes(needed)} in all,"
         f" {format_bytes(plan.free_bytes)} are free. It fits with {plan.way_out()}."
     )
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,17 +21,19 @@ from fastapi import FastAPI
 
 from tokenplane_core.backend.choice import choose, choose_device
 from tokenplane_core.backend.errors import ConfigError, TokenplaneError
+from tokenplane_core.backend.records import Device, ModelSpec
 from tokenplane_core.client import EngineClient
 from tokenplane_core.config import EngineConfig
-from tokenplane_core.memory import format_table
-from tokenplane_core.messages import EngineInfo
 from tokenplane_core.model import describe_model
 
 from .app import create_app
+from .banner import banner
 from .devices import SIMULATED
+from .http_guard import guarded_protocol
 from .hub import model_sha, resolve_model
+from .quantization import require_quantization
 from .service import Service
-from .settings import Settings
+from .settings import ServeOptions, Settings
 from .text.chat_template import ChatTemplate
 from .text.tokenizer import TextTokenizer
 
@@ -42,33 +43,8 @@ KEEP_ALIVE_CONNECTION_S = 75
 """Longer than the usual idle limit of load balancers, so that they and not we close idle connections."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
-    """What `tokenplane serve` was told about model, engine and port; the API's part is Settings."""
-
-    model_id: str
-    revision: str | None = None
-    backend: str | None = None
-    device_index: int | None = None  # None: the best that is ok
-    dtype: str | None = None
-    trust_remote_code: bool = False
-    tokenizer_config_path: Path | None = None
-    hub_cache: Path | None = None
-    num_threads: int | None = None
-    max_step_tokens: int | None = None
-    max_sequences: int | None = None
-    kv_cache_tokens: int | None = None
-    prefix_cache: bool = True
-    ready_timeout_s: int = 600
-    hostname: str = "0.0.0.0"
-    port: int = 3000
-    grace_s: int = 90
-
-
-def serve(options: ServeOptions, make_settings: Callable[[str | None], Settings]) -> None:
+def serve(options: ServeOptions, settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT.
-
-    make_settings: given the commit of the model (None for a folder), the API's settings.
 
     Raises:
         TokenplaneError: the server cannot start; the message is for the user.
@@ -77,16 +53,9 @@ def serve(options: ServeOptions, make_settings: Callable[[str | None], Settings]
         answer = choose(options.backend)
         device, why = choose_device(answer, options.device_index)
         log.info("Backend %s %s, device %d (%s): %s", answer.name, answer.version, device.index, why, device.name)
-        folder = resolve_model(
-            options.model_id,
-            options.revision,
-            cache_dir=options.hub_cache,
-            needs_weights=device.kind != SIMULATED,
-            trust_remote_code=options.trust_remote_code,
-            progress=log.info,
-        )
-        settings = make_settings(model_sha(folder))
-        spec = describe_model(
+        folder = _fetch_model(options, needs_weights=device.kind != SIMULATED)
+        settings = replace(settings, model_sha=model_sha(folder))
+        model = describe_model(
             folder,
             options.model_id,
             options.revision,
@@ -94,32 +63,47 @@ def serve(options: ServeOptions, make_settings: Callable[[str | None], Settings]
             settings.max_total_tokens,
             options.trust_remote_code,
         )
+        require_quantization(options.quantize, model.config)
+        log.info("Model %s: %s, %s, from %s", options.model_id, model.architecture or "?", model.dtype, folder)
         tokenizer = TextTokenizer.load(folder, options.tokenizer_config_path)
         template = ChatTemplate.load(folder, options.tokenizer_config_path)
-        log.info(
-            "Model %s: %s, %s, from %s",
-            options.model_id,
-            spec.architecture or "architecture unknown",
-            spec.dtype,
-            folder,
-        )
         if template is None:
             log.warning("The model has no chat template: /v1/chat/completions will refuse requests")
-        config = EngineConfig(
-            model=spec,
-            backend=answer.name,
-            device_index=device.index,
-            device=device,
-            num_threads=options.num_threads,
-            max_step_tokens=options.max_step_tokens,
-            max_sequences=options.max_sequences,
-            kv_cache_tokens=options.kv_cache_tokens,
-            required_tokens=settings.max_total_tokens,
-            prefix_cache=options.prefix_cache,
-            ready_timeout_s=options.ready_timeout_s,
-        )
-        app = create_app(EngineClient(config, settings.max_concurrent_requests), tokenizer, template, settings)
-        _run(app, listener, options.grace_s)
+        config = _engine_config(options, settings, model, answer.name, device)
+        engine = EngineClient(config, settings.max_concurrent_requests, settings.queue_timeout_s)
+        _run(create_app(engine, tokenizer, template, settings), listener, options)
+
+
+def _fetch_model(options: ServeOptions, needs_weights: bool) -> Path:
+    return resolve_model(
+        options.model_id,
+        options.revision,
+        cache_dir=options.hub_cache,
+        needs_weights=needs_weights,
+        trust_remote_code=options.trust_remote_code,
+        progress=log.info,
+    )
+
+
+def _engine_config(
+    options: ServeOptions, settings: Settings, model: ModelSpec, backend: str, device: Device
+) -> EngineConfig:
+    return EngineConfig(
+        model=model,
+        backend=backend,
+        device_index=device.index,
+        device=device,
+        memory_fraction=options.memory_fraction,
+        graph_rows=options.graph_rows,
+        num_threads=options.num_threads,
+        max_step_tokens=options.max_step_tokens,
+        max_sequences=options.max_sequences,
+        kv_cache_tokens=options.kv_cache_tokens,
+        required_tokens=settings.max_total_tokens,
+        prefix_cache=options.prefix_cache,
+        ready_timeout_s=options.ready_timeout_s,
+        json_log=options.json_output,
+    )
 
 
 def bind(hostname: str, port: int) -> socket.socket:
@@ -150,31 +134,25 @@ def _busy(address: tuple[Any, ...], error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {address[0]} port {address[1]}: {error.strerror}; choose another with --port")
 
 
-def is_ip_address(hostname: str) -> bool:
-    try:
-        ipaddress.ip_address(hostname)
-    except ValueError:
-        return False
-    return True
-
-
-def _run(app: FastAPI, listener: socket.socket, grace_s: int) -> None:
+def _run(app: FastAPI, listener: socket.socket, options: ServeOptions) -> None:
     try:
         listener.listen()
     except OSError as error:
         raise _busy(listener.getsockname(), error) from error
     config = uvicorn.Config(
         app,
+        http=guarded_protocol(app.state.service.settings),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
         timeout_keep_alive=KEEP_ALIVE_CONNECTION_S,
-        timeout_graceful_shutdown=grace_s,
+        timeout_graceful_shutdown=options.grace_s,
     )
     make_loop: Any = config.get_loop_factory()
     with _surviving_signals(), asyncio.Runner(loop_factory=make_loop) as runner:
-        runner.run(_serve_until_stopped(app, uvicorn.Server(config), listener))
+        runner.run(_serve_until_stopped(app, uvicorn.Server(config), listener, options))
 
 
 @contextlib.contextmanager
@@ -189,7 +167,9 @@ def _surviving_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def _serve_until_stopped(app: FastAPI, server: uvicorn.Server, listener: socket.socket) -> None:
+async def _serve_until_stopped(
+    app: FastAPI, server: uvicorn.Server, listener: socket.socket, options: ServeOptions
+) -> None:
     service: Service = app.state.service
     started_s = perf_counter()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -199,44 +179,15 @@ async def _serve_until_stopped(app: FastAPI, server: uvicorn.Server, listener: s
     if failure is not None:
         server.should_exit = True
     elif service.is_ready and not server.should_exit:  # a signal may come first, and takes the port away
-        _log_banner(service, listener, perf_counter() - started_s)
+        for line in banner(service.engine.info, options, service.settings, service.require_ready()):
+            log.info("%s", line)
+        log.info("Ready after %.1f s: %s", perf_counter() - started_s, url_of(listener))
     await serving
     if isinstance(failure, TokenplaneError):
         raise failure
     if failure is not None:
         raise RuntimeError("the engine could not be started") from failure
     log.info("Stopped")
-
-
-def _log_banner(service: Service, listener: socket.socket, elapsed_s: float) -> None:
-    info, settings = service.engine.info, service.settings
-    limits = service.require_ready()
-    for line in banner(info, settings, limits.max_input_tokens, limits.max_total_tokens):
-        log.info("%s", line)
-    log.info("Ready after %.1f s: %s", elapsed_s, url_of(listener))
-
-
-def banner(info: EngineInfo, settings: Settings, max_input_tokens: int, max_total_tokens: int) -> list[str]:
-    """What the server turned out to be, and which limits it chose itself."""
-
-    def by(given: int | None) -> str:
-        return "computed" if given is None else "as given"
-
-    cache_tokens = info.num_blocks * info.block_tokens
-    cache_mib = info.num_blocks * info.block_bytes / 2**20
-    kernels = ", ".join(f"{piece}: {choice}" for piece, choice in info.kernels.items())
-    return [
-        f"Device: {info.device} ({info.backend}), {info.dtype}"
-        + (f"; {info.device_notes}" if info.device_notes else ""),
-        f"Kernels: {kernels or 'the backend names none'}",
-        f"Weights: {info.weights_bytes / 2**20:.1f} MiB, loaded in {info.load_s:.1f} s",
-        f"KV cache: {cache_tokens} tokens, {cache_mib:.1f} MiB, {info.num_blocks} blocks of {info.block_tokens},"
-        f" prefix cache {'on' if info.prefix_cache else 'off'}",
-        f"Limits: prompt {max_input_tokens} tokens ({by(settings.max_input_tokens)}), with answer {max_total_tokens}"
-        f" ({by(settings.max_total_tokens)}), {settings.max_concurrent_requests} requests at once",
-        f"Batches: {info.max_step_tokens} tokens a step, {info.max_sequences} sequences",
-        *format_table(info.memory),
-    ]
 
 
 def url_of(listener: socket.socket) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,19 @@ import pytest
 
 from helpers.live_server import wait_until
 from tokenplane_api import __version__
-from tokenplane_api.cli import ANY_ADDRESS, _usable_hostname, main
+from tokenplane_api.cli import main
+from tokenplane_api.flags import FLAGS, GROUPS
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`main` in this process sets up logging and LOG_LEVEL, as a program of its own may."""
+    monkeypatch.setenv("LOG_LEVEL", "info")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def run_cli(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -43,7 +56,7 @@ class Serving:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line.rstrip())
-            if found := re.search(r"Ready after [\d.]+ s: (\S+)", line):
+            if found := re.search(r"Ready after [\d.]+ s: ([^\s\"]+)", line):
                 self.url = found[1]
                 return
         raise AssertionError(f"it ended with {self.process.wait()}: {self.lines}")
@@ -53,10 +66,13 @@ class Serving:
         self.lines += [line.rstrip() for line in self.process.stderr]
 
 
+SERVE = ("-m", "tokenplane_api.cli", "serve")
+
+
 @contextmanager
-def serving(*arguments: str, **environment: str) -> Iterator[Serving]:
+def serving(*arguments: str, command: Sequence[str] = SERVE, **environment: str) -> Iterator[Serving]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tokenplane_api.cli", "serve", *arguments],
+        [sys.executable, *command, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
@@ -89,8 +105,12 @@ def test_it_serves_says_what_it_is_and_stops_when_told(model_folder: Path) -> No
     }
     with serving(*options, **variables) as running:
         text = "\n".join(running.lines)
-        assert "simulated-cuda" in text and "KV cache: " in text and "float32" in text
-        assert "prompt 100 tokens (as given), with answer 300 (as given)" in text
+        for word in ("Device: ", "simulated-cuda", "float32", "Kernels:", "KV cache: ", "MEMORY", "LIMIT"):
+            assert word in text
+        assert re.search(r"--max-input-tokens +100  as given", text), "the option wins"
+        assert re.search(r"--max-total-tokens +300  as given", text)
+        assert re.search(r"--max-batch-size +\d+  the backend's choice", text)
+        assert re.search(r"--max-concurrent-requests +128  default", text)
         with httpx.Client(base_url=running.url, timeout=30) as client:
             info = client.get("/info").json()
             assert (info["max_input_tokens"], info["max_total_tokens"]) == (100, 300), "the option wins"
@@ -118,7 +138,7 @@ def test_the_grace_period_ends_what_takes_too_long(model_folder: Path) -> None:
             running.process.send_signal(signal.SIGINT)
             assert running.process.wait(timeout=20) == 0
         running.read_rest()
-        assert not any("Traceback" in line for line in running.lines)
+        assert not any("Traceback" in line for line in running.lines), running.lines
 
 
 def test_a_signal_while_the_model_loads_ends_it_cleanly(model_folder: Path) -> None:
@@ -150,6 +170,8 @@ def answers(url: str) -> bool:
         (["--max-total-tokens", "99999"], 1, ["99999", "2048"]),
         (["--max-total-tokens", "100", "--max-input-tokens", "100"], 1, ["--max-input-tokens is 100"]),
         (["--max-batch-total-tokens", "64", "--max-total-tokens", "500"], 1, ["500", "64", "KV cache"]),
+        (["--quantize", "awq"], 1, ["--quantize is awq", "not quantized"]),
+        (["--cuda-memory-fraction", "0.0000001"], 1, ["no room for a KV cache"]),
         (["--tokenizer-config-path", "/no/such/file"], 1, ["/no/such/file"]),
         (["--hostname", "no-such-host.invalid"], 1, ["no-such-host.invalid"]),
         (["--api-key", " "], 1, ["--api-key"]),
@@ -226,34 +248,66 @@ def test_a_busy_port_is_named(
     assert port in said and "in use" in said
 
 
-def test_a_host_name_in_the_environment_is_no_address() -> None:
-    assert _usable_hostname("pod-7f9c", is_from_environment=True) == ANY_ADDRESS
-    assert _usable_hostname("::1", is_from_environment=True) == "::1"
-    assert _usable_hostname("localhost", is_from_environment=False) == "localhost"
+def test_a_host_name_in_the_environment_is_no_address(model_folder: Path) -> None:
+    """Containers set HOSTNAME; an address there, or any name given as an option, means what it says."""
+    options = ["--model-id", str(model_folder), "--backend", "simulated-cuda", "-p", "0"]
+    with serving(*options, HOSTNAME="pod-7f9c") as running:
+        assert any("'pod-7f9c', which is no IP address; listening on 0.0.0.0" in line for line in running.lines)
+    with serving(*options, HOSTNAME="127.0.0.1") as running:
+        assert running.url.startswith("http://127.0.0.1:")
 
 
-def test_help_shows_every_option_whole_with_its_variable() -> None:
-    helped = run_cli("serve", "--help")
+def test_a_tgi_deployment_starts_and_logs_what_its_scripts_look_for(model_folder: Path, tmp_path: Path) -> None:
+    """Its command, flags that ask for nothing here, a file for the rest, and a JSON log with a message `Connected`."""
+    file = tmp_path / "server.yaml"
+    file.write_text(f"model-id: {model_folder}\nbackend: simulated-cuda\ncuda_memory_fraction: 0.00001\nport: 1\n")
+    options = ["--config", str(file), "--hostname", "127.0.0.1", "--num-shard", "1", "--json-output"]
+    code = "from tokenplane_api.cli import main_of_tgi; main_of_tgi()"
+    with serving(*options, command=["-c", code], PORT="0", MAX_WAITING_TOKENS="20", USAGE_STATS="off") as running:
+        messages = [json.loads(line)["message"] for line in running.lines]
+        assert httpx.get(f"{running.url}/health", timeout=10).status_code == 200
+        info = httpx.get(f"{running.url}/info", timeout=10).json()
+    assert "Connected" in messages
+    assert any(re.fullmatch(r"Using attention .+ - Prefix caching true", message) for message in messages)
+    (tokens,) = [found[1] for m in messages if (found := re.fullmatch(r"Setting max batch total tokens to (\d+)", m))]
+    assert int(tokens) == info["max_batch_total_tokens"] < 2048, "a hundred-thousandth of the memory"
+    assert any(re.search(rf"--max-total-tokens +{tokens}  all that the KV cache holds", m) for m in messages)
+    assert any("--max-waiting-tokens is 20 (MAX_WAITING_TOKENS); nothing to do: " in message for message in messages)
+    assert any("--port is 0 (PORT)" in message for message in messages), "what was given, and where"
+
+
+@pytest.mark.parametrize("variable", ["SPECULATE", "TGI_WIGGLE_ROOM"])
+def test_a_refused_variable_ends_the_start(variable: str, capfd: pytest.CaptureFixture[str]) -> None:
+    ended = run_cli("serve", "--model-id", "x", environment={variable: "1"})
+    assert ended.returncode == 1
+    (sentence,) = ended.stderr.splitlines()
+    assert sentence.startswith("tokenplane: ") and f"{variable}" in sentence
+
+
+def test_env_prints_versions_and_devices_with_no_model() -> None:
+    shown = run_cli("serve", "--env")
+    assert shown.returncode == 0
+    for word in ("Tokenplane", __version__, "Python", "fastapi", "BACKEND", "cpu"):
+        assert word in shown.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_shows_every_honoured_option_whole(columns: int) -> None:
+    helped = run_cli("serve", "--help", environment={"COLUMNS": str(columns)})
     assert helped.returncode == 0
-    for heading in ("Model:", "Engine:", "Limits:", "HTTP:"):
-        assert heading in helped.stdout
-    options = set(re.findall(r"--[a-z][a-z-]+", helped.stdout))
-    for name in ("--max-concurrent-requests", "--graceful-termination-timeout", "--tokenizer-config-path"):
-        assert name in options
-    text = " ".join(helped.stdout.split())
-    for variable in (
-        "MODEL_ID",
-        "PORT",
-        "MAX_BATCH_PREFILL_TOKENS",
-        "GRACEFUL_TERMINATION_TIMEOUT",
-        "TOKENPLANE_BACKEND",
-    ):
-        assert f"env var: {variable}" in text
-    assert max(map(len, helped.stdout.splitlines())) <= 80
+    assert [line[:-1] for line in helped.stdout.splitlines() if re.fullmatch(r"\w+:", line)] == [*GROUPS, "Other"]
+    options, lists = helped.stdout.split("Accepted from TGI")
+    for flag in FLAGS:
+        assert re.search(rf"--{flag.name}\b", options if flag.verdict == "honoured" else lists)
+    text = " ".join(options.split())
+    assert "[TOKENPLANE_BACKEND; default: the best found]" in text
+    assert "Port to listen on; 0: any free one. [default: 3000]" in text
+    assert max(map(len, helped.stdout.splitlines())) <= columns
 
 
 def test_version_and_bare_command() -> None:
     assert run_cli("--version").stdout.strip() == f"tokenplane {__version__}"
+    assert run_cli("serve", "--version").stdout.strip().endswith(f" {__version__}")
     bare = run_cli()
     assert bare.returncode == 2
     assert "serve" in bare.stderr and "devices" in bare.stderr

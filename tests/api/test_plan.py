@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner, Result
+from click.testing import CliRunner, Result
 
 from helpers.hub_server import HubServer
 from helpers.model_folder import make_text_model
@@ -200,6 +200,30 @@ def test_the_catalogue_has_no_name_twice_and_every_kind_of_backend() -> None:
     found = [imagined_device(known.name) for known in ACCELERATORS]
     assert [device.name for device in found] == [known.name for known in ACCELERATORS]
     assert {device.kind for device in found} == {"cuda", "rocm", "xpu", "gaudi", "tpu", "neuron"}
+
+
+# --- The options of serve -----------------------------------------------------------------------------------
+
+
+def test_a_plan_knows_the_options_variables_and_the_file_of_serve(
+    llama_70b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(f"model-id: {llama_70b}\nport: 8080\nmax-batch-size: 3\nmax-total-tokens: 1000\n")
+    monkeypatch.setenv("MAX_TOTAL_TOKENS", "2000")
+    code, report = run_json("--config", file, "--device", "H200")
+    assert code == 0
+    rows = {row["piece"]: row for row in report["rows"]}
+    assert report["max_model_tokens"] == 2000 and "logits of 3 rows" in rows["workspace"]["why"]
+    code, halved = run_json("--config", file, "--device", "H200", "--cuda-memory-fraction", "0.5")
+    assert code == 1 and halved["free_bytes"] == report["free_bytes"] // 2
+
+
+def test_a_plan_for_a_cache_that_does_not_fit_names_the_cache(llama_70b: Path) -> None:
+    result = run(llama_70b, "--device", "B200", "--max-total-tokens", 1000, "--max-batch-total-tokens", 9_000_000)
+    assert result.exit_code == 1
+    text = " ".join(result.stdout.split())
+    assert "a KV cache of 9,000,000 tokens needs" in text and "--max-batch-total-tokens" in text
 
 
 # --- Models -------------------------------------------------------------------------------------------------
