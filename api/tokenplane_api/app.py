@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import signal
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from tokenplane_core.backend.errors import RequestError
+from tokenplane_core.backend.errors import ConfigError, RequestError
 from tokenplane_core.client import EngineClient
 
-from . import __version__, health
-from .auth import ApiKey
+from . import __version__, both_dialects, health
+from .auth import ApiKeys, RequireKey
 from .errors import ApiError, ClientGone, as_api_error, describe_http_error, error_response
 from .openai import routes as openai_routes
 from .request_scope import RequestScope, record_of
@@ -21,7 +23,9 @@ from .service import Service
 from .settings import Settings
 from .text.chat_template import ChatTemplate
 from .text.tokenizer import TextTokenizer
+from .tgi import kserve
 from .tgi import routes as tgi_routes
+from .tracing import Tracing, start_tracing
 
 CLIENT_CLOSED_REQUEST = 499
 """What the log shows for a client that left; nobody receives it."""
@@ -33,7 +37,14 @@ def create_app(
     """The ASGI application over an engine that has not been started.
 
     Its lifespan starts the engine in the background and closes it; `app.state.service.starting()` tells how that went.
+
+    Raises:
+        ConfigError: the key file or the address for traces is unusable, or two settings contradict each other.
     """
+    keys = ApiKeys(settings.api_key, settings.api_key_file)
+    if settings.max_requests_per_key is not None and not keys:
+        raise ConfigError("--max-requests-per-key needs API keys to tell clients apart: add --api-key-file")
+    tracing = start_tracing(settings)
     app = FastAPI(
         title="Tokenplane",
         version=__version__,
@@ -44,32 +55,44 @@ def create_app(
         openapi_url=None,
     )
     app.state.service = service = Service(engine, tokenizer, chat_template, settings)
+    app.state.keys, app.state.tracing = keys, tracing
+    app.include_router(both_dialects.vertex_router(settings))  # first: what the operator names wins
     app.include_router(health.router)
     app.include_router(openai_routes.router)
     app.include_router(tgi_routes.router)
+    app.include_router(both_dialects.router)
+    app.include_router(kserve.router)
     for kind in (ApiError, RequestError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _on_error)
     # The last one added is the outermost.
-    if settings.api_key is not None:
-        app.add_middleware(ApiKey, key=settings.api_key)
+    if keys:
+        app.add_middleware(RequireKey, keys=keys, health_route=settings.vertex_health_route)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_allow_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],  # browser clients of OpenAI's send a dozen of their own
+        expose_headers=["x-request-id", "retry-after"],
     )
-    app.add_middleware(RequestScope, metrics=service.metrics)
+    app.add_middleware(RequestScope, metrics=service.metrics, settings=settings, tracing=tracing)
     return app
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
+    keys: ApiKeys = app.state.keys
+    tracing: Tracing | None = app.state.tracing
+    if service.settings.api_key_file is not None:
+        with contextlib.suppress(RuntimeError, ValueError):  # only the main thread gets signals
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
     service.starting()
     try:
         yield
     finally:
         await service.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

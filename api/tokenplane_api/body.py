@@ -35,7 +35,15 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], limit_by
         ClientGone: the client left before its body was complete.
     """
     _check_content_type(request.headers.get("content-type", ""))
-    raw = await _read(request, limit_bytes)
+    return decode(await _read(request, limit_bytes), decoder)
+
+
+def decode(raw: bytes | msgspec.Raw, decoder: msgspec.json.Decoder[T]) -> T:
+    """Decode JSON.
+
+    Raises:
+        ApiError: malformed, or not of the decoder's shape.
+    """
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
@@ -76,7 +84,7 @@ def _too_large(given: str, limit_bytes: int) -> ApiError:
     return ApiError(TOO_LARGE, f"the body has {given}, the limit is {limit_bytes} bytes (--payload-limit)")
 
 
-def _decode_any(raw: bytes) -> Any:
+def _decode_any(raw: bytes | msgspec.Raw) -> Any:
     """Whatever the JSON says, or an ApiError if it is none."""
     try:
         return msgspec.json.decode(raw)

@@ -13,7 +13,14 @@ import msgspec
 from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 
-from tokenplane_core.backend.errors import EngineFailed, EngineNotReady, InvalidRequest, QueueFull
+from tokenplane_core.backend.errors import (
+    EngineFailed,
+    EngineNotReady,
+    InvalidRequest,
+    QueueFull,
+    ReaderTooSlow,
+    RequestError,
+)
 
 from .text.chat_template import TemplateError
 
@@ -40,6 +47,8 @@ METHOD_NOT_ALLOWED = ErrorKind(405, "invalid_request_error", 405, "method_not_al
 TOO_LARGE = ErrorKind(413, "invalid_request_error", 413, "payload_too_large")
 MEDIA_TYPE = ErrorKind(415, "invalid_request_error", 415, "unsupported_media_type")
 OVERLOADED = ErrorKind(429, "rate_limit_error", 429, "overloaded", metric="overloaded", retry_after_s=1)
+TIMEOUT = ErrorKind(504, "server_error", 504, "timeout", metric="timeout")
+SLOW_READER = ErrorKind(408, "invalid_request_error", 408, "slow_reader", metric="dropped")
 NOT_READY = ErrorKind(503, "server_error", 503, "not_ready", metric="generation", retry_after_s=5)
 UNHEALTHY = ErrorKind(503, "server_error", 503, "healthcheck", retry_after_s=5)
 GENERATION = ErrorKind(503, "server_error", 424, "generation", "Request failed during generation: ", "generation")
@@ -53,8 +62,9 @@ _OPENAI_FIELDS = {
     "max_new_tokens": "max_tokens",
     "num_logprobs": "logprobs",
     "min_new_tokens": "min_tokens",
+    "prompt_logprobs": "echo",
 }
-_TGI_FIELDS = {"token_ids": "inputs", "num_logprobs": "top_n_tokens"}
+_TGI_FIELDS = {"token_ids": "inputs", "num_logprobs": "top_n_tokens", "prompt_logprobs": "decoder_input_details"}
 
 
 class ApiError(Exception):
@@ -69,6 +79,10 @@ class ApiError(Exception):
         self.headers: dict[str, str] = {} if kind.retry_after_s is None else {"retry-after": str(kind.retry_after_s)}
 
 
+class RequestTimeout(RequestError):
+    """The whole request has taken longer than the operator allows."""
+
+
 class ClientGone(Exception):
     """The client closed the connection before its answer was ready."""
 
@@ -76,6 +90,13 @@ class ClientGone(Exception):
 def invalid(message: str, param: str | None, code: str | None = "invalid_value") -> ApiError:
     """A request that breaks a rule, in the core's or the dialect's word for the field."""
     return ApiError(VALIDATION, message, param, code)
+
+
+def overloaded(why: str, retry_after_s: int) -> ApiError:
+    """Come back later: 429 in both dialects."""
+    found = ApiError(OVERLOADED, f"Model is overloaded: {why}", code="rate_limit_exceeded")
+    found.headers["retry-after"] = str(retry_after_s)
+    return found
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -88,7 +109,13 @@ def as_api_error(error: Exception) -> ApiError:
         case TemplateError():
             return ApiError(TEMPLATE, str(error), "messages", "template_error")
         case QueueFull():
-            return ApiError(OVERLOADED, f"Model is overloaded: {error}", code="rate_limit_exceeded")
+            return overloaded(str(error), error.retry_after_s)
+        case RequestTimeout():
+            found = ApiError(TIMEOUT, str(error), code="request_timeout")
+            found.headers["x-should-retry"] = "false"  # OpenAI's clients would only wait as long again
+            return found
+        case ReaderTooSlow():
+            return ApiError(SLOW_READER, str(error), code="slow_reader")
         case EngineNotReady():
             return ApiError(NOT_READY, str(error), code="not_ready")
         case EngineFailed():

@@ -1,17 +1,23 @@
-"""Prometheus counters: TGI's `tgi_request_*` family under its own names and buckets, and ours from the engine's stats.
+"""Prometheus metrics: TGI's under its own names, labels and buckets, and ours from the engine's stats.
 
-TGI's counters carry no `_total`, which the Prometheus client library always appends; `render` takes it off again.
+What is counted for each request is observed here when it is over; what happens for each token or step is counted in
+`Durations` by whoever does it, and read when somebody scrapes. TGI's counters carry no `_total`, which the Prometheus
+client library always appends; `render` takes it off again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from tokenplane_core.durations import BOUNDS_S, Durations
+from tokenplane_core.messages import Stats
 
 from .settings import Limits
 
@@ -20,10 +26,10 @@ if TYPE_CHECKING:
 
     from .generation import Generation, GenerationSpec
 
-DURATION_BUCKETS_S = tuple(0.0001 * 1.5**n for n in range(1, 36))
-"""TGI's set for every name that ends in `duration`."""
-
 CONTENT_TYPE = "text/plain; charset=utf-8"
+
+MAX_BATCH_SIZE_BUCKET = 1024
+"""TGI counts sizes of admitted batches in buckets of 1, 2, 3 ... up to this."""
 
 
 def token_buckets(most: int) -> tuple[float, ...]:
@@ -54,7 +60,7 @@ class Metrics:
         self._max_new: Histogram | None = None
 
     def _seconds(self, name: str, text: str) -> Histogram:
-        return Histogram(name, f"{text}, seconds", buckets=DURATION_BUCKETS_S, registry=self._registry)
+        return Histogram(name, f"{text}, seconds", buckets=BOUNDS_S, registry=self._registry)
 
     def set_limits(self, limits: Limits) -> None:
         if self._generated is not None:
@@ -93,7 +99,7 @@ class Metrics:
             self._generated.observe(generation.num_tokens)
 
     def failed(self, cause: str, num_generations: int) -> None:
-        """cause: overloaded, validation, template, generation or dropped."""
+        """cause: overloaded, validation, template, generation, timeout or dropped."""
         if num_generations:
             self._failure.labels(err=cause).inc(num_generations)
 
@@ -109,17 +115,41 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats
+        for name, (text, value) in self._gauges(stats).items():
+            yield GaugeMetricFamily(name, text, value)
+        for name, (text, value) in self._counters(stats).items():
+            yield CounterMetricFamily(name, text, value)
+        yield _durations(
+            "tokenplane_inter_token_duration",
+            "Between tokens of one request, as they reach the API",
+            {"": self._engine.inter_token},
+        )
+        yield from _batch_metrics(stats)
+
+    def _gauges(self, stats: Stats) -> dict[str, tuple[str, float]]:
         gauges: dict[str, tuple[str, float]] = {
             "tgi_queue_size": ("Requests waiting in the engine", stats.num_waiting),
             "tgi_batch_current_size": ("Requests running in the engine", stats.num_running),
+            "tgi_batch_current_max_tokens": ("Tokens the running requests may grow to", stats.max_batch_tokens),
             "tokenplane_requests_running": ("Requests running in the engine", stats.num_running),
             "tokenplane_requests_waiting": ("Requests waiting in the engine", stats.num_waiting),
             "tokenplane_requests_live": ("Requests submitted and not finished", self._engine.num_live),
             "tokenplane_kv_blocks_used": ("KV cache blocks held by live requests", stats.blocks_used),
             "tokenplane_kv_blocks": ("KV cache blocks in all", stats.blocks_total),
+            "tokenplane_kv_utilization": (
+                "Part of the KV cache held by live requests, 0 to 1",
+                stats.blocks_used / max(stats.blocks_total, 1),
+            ),
             "tokenplane_engine_ready": ("1 while the engine serves", int(self._engine.is_ready)),
         }
-        counters: dict[str, tuple[str, float]] = {
+        if self._engine.has_info:
+            info = self._engine.info
+            gauges["tgi_batch_max_total_tokens"] = ("Tokens the KV cache holds", info.num_blocks * info.block_tokens)
+            gauges["tokenplane_kv_block_tokens"] = ("Tokens in a KV cache block", info.block_tokens)
+        return gauges
+
+    def _counters(self, stats: Stats) -> dict[str, tuple[str, float]]:
+        return {
             "tokenplane_requests_finished": ("Requests the engine finished", stats.requests_finished),
             "tokenplane_requests_preempted": ("Requests set back to make room", stats.requests_preempted),
             "tokenplane_prompt_tokens": ("Prompt tokens of admitted requests", stats.prompt_tokens),
@@ -129,10 +159,53 @@ class EngineCollector(Collector):
             "tokenplane_decode_steps": ("Steps that only decoded", stats.decode_steps),
             "tokenplane_step_tokens": ("Tokens computed", stats.step_tokens),
             "tokenplane_padded_tokens": ("Padding tokens computed for nothing", stats.padded_tokens),
+            "tokenplane_compiled_shapes": ("Shapes compiled after the warm-up", stats.compiled_shapes),
             "tokenplane_device_busy_seconds": ("Seconds the device was busy", stats.device_s),
             "tokenplane_engine_restarts": ("Times the engine process was replaced", self._engine.num_restarts),
         }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(name, text, value)
-        for name, (text, value) in counters.items():
-            yield CounterMetricFamily(name, text, value)
+
+
+def _batch_metrics(stats: Stats) -> Iterator[Metric]:
+    """TGI's metrics of steps, with its label `method`: prefill or decode."""
+    counts = {"prefill": stats.prefill_steps, "decode": stats.decode_steps}
+    # A step that fails ends the engine process, so all steps that came back are successes.
+    for name, text in (("count", "Steps"), ("success", "Steps that came back")):
+        family = CounterMetricFamily(f"tgi_batch_inference_{name}", text, labels=["method"])
+        for method, count in counts.items():
+            family.add_metric([method], count)
+        yield family
+    joined = CounterMetricFamily(
+        "tgi_batch_concat", "Steps in which new requests joined running ones", labels=["reason"]
+    )
+    joined.add_metric(["chunking"], stats.steps_joined)
+    yield joined
+    for name, text, durations in (
+        ("inference", "From the launch of a step until its output is read back", stats.inference),
+        ("forward", "A step on the device, as the backend reports it", stats.forward),
+        ("decode", "Host work on a step's output", stats.commit),
+        ("filter", "Telling clients a step's news", stats.publish),
+    ):
+        yield _durations(f"tgi_batch_{name}_duration", text, durations)
+    sizes = [stats.admitted.get(size, 0) for size in range(1, MAX_BATCH_SIZE_BUCKET + 1)]
+    beyond = sum(count for size, count in stats.admitted.items() if size > MAX_BATCH_SIZE_BUCKET)
+    yield HistogramMetricFamily(
+        "tgi_batch_next_size",
+        "Requests taken from the queue at once",
+        buckets=_buckets(range(1, MAX_BATCH_SIZE_BUCKET + 1), [*sizes, beyond]),
+        sum_value=sum(size * count for size, count in stats.admitted.items()),
+    )
+
+
+def _durations(name: str, text: str, by_method: Mapping[str, Durations]) -> HistogramMetricFamily:
+    """A histogram for each method; "" is one without the label."""
+    labels = [] if "" in by_method else ["method"]
+    family = HistogramMetricFamily(name, f"{text}, seconds", labels=labels)
+    for method, durations in by_method.items():
+        family.add_metric([method] if method else [], _buckets(BOUNDS_S, durations.counts), durations.sum_s)
+    return family
+
+
+def _buckets(bounds: range | tuple[float, ...], counts: list[int]) -> list[tuple[str, float]]:
+    """(upper bound, how many up to it), the last without a bound."""
+    names = [*(repr(float(bound)) for bound in bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(counts)), strict=True))

@@ -7,6 +7,7 @@ proxies keep the connection open.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from time import monotonic
@@ -16,8 +17,9 @@ import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import INTERNAL, ApiError, ClientGone, as_api_error
-from .request_scope import RequestRecord, log
+from .errors import INTERNAL, SLOW_READER, ApiError, ClientGone, as_api_error
+from .http_guard import abort
+from .request_scope import BODY_SEND, RequestRecord, log
 
 T = TypeVar("T")
 
@@ -65,14 +67,16 @@ class EventStream(Response):
         self._error_event = error_event
         self._record = record
         self._last_sent_s = monotonic()
+        self._is_sending = False
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
         self.headers["content-type"] = self.media_type
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        send = scope.get(BODY_SEND, send)
         pump = asyncio.create_task(self._pump(send))
-        watch = asyncio.create_task(self._watch(receive, send))
+        watch = asyncio.create_task(self._watch(scope, receive, send))
         try:
             await asyncio.wait((pump, watch), return_when=asyncio.FIRST_COMPLETED)
             if pump.done():
@@ -87,7 +91,9 @@ class EventStream(Response):
             try:
                 async for data in events:
                     self._last_sent_s = monotonic()
+                    self._is_sending = True  # waits while the connection's buffers are full
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+                    self._is_sending = False
             except Exception as error:
                 self._record.error = found = as_api_error(error)
                 if found.kind is INTERNAL:
@@ -95,20 +101,38 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": self._error_event(found), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _watch(self, receive: Receive, send: Send) -> None:
-        """Keep the connection alive; return when the client has left."""
+    async def _watch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Keep the connection alive; return when the client has left, or has taken nothing for too long."""
+        limit_s = self._record.slow_reader_timeout_s
         while True:
             quiet_s = monotonic() - self._last_sent_s
-            if quiet_s >= KEEP_ALIVE_S:
+            if self._is_sending and quiet_s >= limit_s:
+                return await self._drop(scope, receive)
+            if not self._is_sending and quiet_s >= KEEP_ALIVE_S:
                 self._last_sent_s = monotonic()
-                await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+                try:
+                    await asyncio.wait_for(
+                        send({"type": "http.response.body", "body": b":\n\n", "more_body": True}), limit_s
+                    )
+                except TimeoutError:
+                    return await self._drop(scope, receive)
                 continue
+            wait_s = limit_s - quiet_s if self._is_sending else min(KEEP_ALIVE_S - quiet_s, limit_s)
             try:
-                message = await asyncio.wait_for(receive(), KEEP_ALIVE_S - quiet_s)
+                message = await asyncio.wait_for(receive(), wait_s)
             except TimeoutError:
                 continue
             if message["type"] == "http.disconnect":
                 return
+
+    async def _drop(self, scope: Scope, receive: Receive) -> None:
+        """Close the connection without waiting for the client to take what is still buffered."""
+        limit_s = self._record.slow_reader_timeout_s
+        why = f"the client took nothing of the stream for {limit_s:g} s (--slow-reader-timeout-s)"
+        self._record.error = ApiError(SLOW_READER, why)
+        abort(scope)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(receive(), 1.0)  # the server has noticed that the connection is gone
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:

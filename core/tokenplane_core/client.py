@@ -2,8 +2,8 @@
 
 The client keeps the prompt and the emitted tokens of every live request. When the engine process dies or falls
 silent it is replaced, and the live requests are submitted again as prompt plus emitted tokens: the law of random draws
-(backend/sampling.py) makes the stream go on with the tokens it would have had. A request that has lived through
-MAX_ENGINES engines is failed instead: it may be what kills them.
+(backend/sampling.py) makes the stream go on with the tokens it would have had. Only a request that kills the engine
+repeatedly is failed, alone: trials.py finds out which.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -24,6 +23,7 @@ import msgspec
 from .backend import errors
 from .backend.errors import ConfigError, EngineFailed, EngineNotReady, InvalidRequest, QueueFull, TokenplaneError
 from .config import EngineConfig
+from .durations import Durations
 from .messages import (
     Cancel,
     EngineInfo,
@@ -34,96 +34,21 @@ from .messages import (
     Ready,
     Stats,
     Submit,
-    TokenEvent,
     frame,
     from_engine_decoder,
 )
+from .request_stream import FinishRate, RequestStream
+from .trials import Trials
 from .validation import check_request
 
 log = logging.getLogger("tokenplane.client")
 
-MAX_ENGINES = 3
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 30.0
 HEALTHY_AFTER_S = 60.0
 MAX_SOCKET_PATH_BYTES = 100  # Linux allows 107, macOS 103
-
-
-class RequestStream:
-    """The events of one request: an async iterator that ends after the event with a finish_reason."""
-
-    def __init__(self, client: EngineClient, request: Submit, wire_id: str) -> None:
-        self.request_id = request.request_id
-        self.request = request
-        self.wire_id = wire_id  # unique, so that late events of a cancelled request never meet another
-        self.emitted: list[int] = []
-        self.num_engines = 1  # that have held this request
-        self._client = client
-        self._events: deque[TokenEvent] = deque()
-        self._error: TokenplaneError | None = None
-        self._ended = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        """The next event.
-
-        Raises:
-            InvalidRequest: the engine refused the request.
-            EngineFailed: the engine died and the request could not be continued.
-        """
-        while not self._events:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        return self._events.popleft()
-
-    def cancel(self) -> None:
-        """Give the request up: its blocks come back, no more events follow. Idempotent, never waits."""
-        if not self._ended:
-            self._ended = True
-            self._events.clear()
-            self._client._cancel(self.wire_id)
-            self._wake()
-
-    def as_continued(self) -> Submit:
-        """The request as a new engine must see it: what was emitted counts as known."""
-        return msgspec.structs.replace(
-            self.request,
-            request_id=self.wire_id,
-            token_ids=self.request.token_ids + self.emitted,
-            num_prompt_tokens=self.request.num_prompt_tokens or len(self.request.token_ids),
-        )
-
-    def push(self, event: TokenEvent) -> None:
-        """An event from the engine."""
-        if event.finish_reason == "error":
-            # What one engine took and the next refuses (a longer prompt now) is not the client's fault.
-            refused = bool(event.error_field) and self.num_engines == 1
-            self.fail(InvalidRequest(event.error, event.error_field) if refused else EngineFailed(event.error))
-            return
-        self.emitted += event.token_ids
-        self._events.append(event)
-        self._ended = event.finish_reason is not None
-        self._wake()
-
-    def fail(self, error: TokenplaneError) -> None:
-        """End the stream with an error, after the events it already has."""
-        self._ended = True
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+MAX_RETRY_AFTER_S = 60
+UNKNOWN_RETRY_AFTER_S = 5  # nothing has ended yet
 
 
 class _Wire(asyncio.Protocol):
@@ -146,14 +71,18 @@ class _Wire(asyncio.Protocol):
 class EngineClient:
     """Supervisor of one engine process and the way to it. One event loop, no threads."""
 
-    def __init__(self, config: EngineConfig, max_requests: int = 128) -> None:
+    def __init__(self, config: EngineConfig, max_requests: int = 128, max_queue_s: float | None = None) -> None:
         self.config = config
         self.max_requests = max_requests
+        self.max_queue_s = max_queue_s
         self.num_restarts = 0
         self.stats = Stats()
+        self.inter_token = Durations()
         self._info: EngineInfo | None = None
         self._live: dict[str, RequestStream] = {}  # by wire_id
         self._num_submitted = 0
+        self._trials = Trials()
+        self._ends = FinishRate()
         self._process: asyncio.subprocess.Process | None = None
         self._transport: asyncio.Transport | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -172,12 +101,22 @@ class EngineClient:
         return self._info
 
     @property
+    def has_info(self) -> bool:
+        """Whether an engine has been ready once."""
+        return self._info is not None
+
+    @property
     def is_ready(self) -> bool:
         return self._is_ready
 
     @property
     def num_live(self) -> int:
         return len(self._live)
+
+    @property
+    def retry_after_s(self) -> int:
+        """In how many seconds a place in the queue is likely to be worth having, from what has ended lately."""
+        return self._ends.wait_s(self.stats.num_waiting + 1, MAX_RETRY_AFTER_S, UNKNOWN_RETRY_AFTER_S)
 
     @property
     def engine_pid(self) -> int | None:
@@ -222,14 +161,25 @@ class EngineClient:
         if not self._is_ready:
             raise EngineNotReady("the engine is starting or restarting; try again in a moment")
         if len(self._live) >= self.max_requests:
-            raise QueueFull(f"{len(self._live)} requests are running or waiting, the limit is {self.max_requests}")
+            raise QueueFull(
+                f"{len(self._live)} requests are running or waiting, the limit is {self.max_requests}",
+                self.retry_after_s,
+            )
         check_request(request, self.info)
-        self._num_submitted += 1
-        stream = RequestStream(self, request, wire_id=str(self._num_submitted))
+        stream = RequestStream(request, self._new_wire_id(request), self._on_ended_early)
         message = frame(stream.as_continued())  # before it is live: what cannot be encoded never was submitted
         self._live[stream.wire_id] = stream
-        self._send(message)
+        if self._trials.defendant is None:
+            stream.in_engine = True
+            self._send(message)
+        if self.max_queue_s is not None:
+            stream.give_up_after(self.max_queue_s, self._waited_too_long)
         return stream
+
+    def _waited_too_long(self) -> QueueFull:
+        return QueueFull(
+            f"waited {self.max_queue_s:g} s in the queue, which is the limit (--queue-timeout-s)", self.retry_after_s
+        )
 
     # --- Messages -------------------------------------------------------------------------------------------
 
@@ -237,20 +187,39 @@ class EngineClient:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(message)
 
-    def _cancel(self, wire_id: str) -> None:
-        if self._live.pop(wire_id, None) is not None:
-            self._send(frame(Cancel(wire_id)))
+    def _new_wire_id(self, request: Submit) -> str:
+        """Unique, and with the id that the engine's log is read for."""
+        self._num_submitted += 1
+        return f"{request.request_id}#{self._num_submitted}"
+
+    def _on_ended_early(self, stream: RequestStream) -> None:
+        """The reader has left, or is told to leave."""
+        if self._live.pop(stream.wire_id, None) is None:
+            return
+        self._ends.note()
+        if stream.in_engine:
+            self._send(frame(Cancel(stream.wire_id)))
+        if self._trials.is_over():
+            self._try_next()
 
     def _on_message(self, message: FromEngine) -> None:
-        self._last_word_s = time.monotonic()
+        self._last_word_s = now_s = time.monotonic()
         if isinstance(message, Events):
             for event in message.events:
                 stream = self._live.get(event.request_id)
                 if stream is None:
                     continue  # cancelled while the event was on its way
+                if event.token_ids:
+                    if stream.last_token_s:
+                        gap_s = now_s - stream.last_token_s
+                        self.inter_token.add(gap_s / len(event.token_ids), len(event.token_ids))
+                    stream.last_token_s = now_s
                 if event.finish_reason is not None:
                     del self._live[event.request_id]
+                    self._ends.note()
                 stream.push(event)
+            if self._trials.is_over():
+                self._try_next()
         elif isinstance(message, Stats):
             self.stats = message
         elif isinstance(message, Ready):
@@ -323,7 +292,7 @@ class EngineClient:
             await self._stop_process(grace_s=0)
             if time.monotonic() - ready_since_s > HEALTHY_AFTER_S:
                 backoff_s = FIRST_BACKOFF_S
-            self._fail_repeat_offenders()
+            self._count_death()
             while True:
                 self.num_restarts += 1
                 await asyncio.sleep(backoff_s)
@@ -336,8 +305,8 @@ class EngineClient:
                     await self._stop_process(grace_s=0)
                     self._fail_all(EngineFailed(f"the engine did not come back: {error}"))
             log.info("the engine is back, continuing %d requests", len(self._live))
-            for stream in self._live.values():
-                self._send(frame(stream.as_continued()))
+            self._trials.open(self._live.values())
+            self._send_waiting()
 
     async def _wait_for_end(self, lost: asyncio.Future[None]) -> None:
         """Returns when the engine has died, or has been silent for so long that it counts as hung."""
@@ -369,12 +338,48 @@ class EngineClient:
             await self._process.wait()
         self._process = None
 
-    def _fail_repeat_offenders(self) -> None:
-        for stream in list(self._live.values()):
-            if stream.num_engines >= MAX_ENGINES:
-                del self._live[stream.wire_id]
-                stream.fail(EngineFailed(f"the engine died {stream.num_engines} times while it held this request"))
-            stream.num_engines += 1
+    # --- Requests that outlive an engine --------------------------------------------------------------------
+
+    def _count_death(self) -> None:
+        """Remember which requests were in the engine; one that was alone in it at a trial has killed it."""
+        for stream in self._live.values():
+            stream.num_deaths += stream.in_engine
+            stream.in_engine = False
+        culprit = self._trials.adjourn()
+        if culprit is not None and self._live.pop(culprit.wire_id, None) is not None:
+            log.error("request %s killed the engine while it was alone in it: it is failed", culprit.request_id)
+            culprit.fail(
+                EngineFailed(
+                    f"the engine died {culprit.num_deaths} times while it held this request,"
+                    " the last time while it held no other"
+                )
+            )
+
+    def _try_next(self) -> None:
+        """The defendant has proved harmless: take it out of the engine, and let in the next, or all."""
+        acquitted = self._trials.acquit()
+        if acquitted is not None:
+            # Late events under its old name would repeat tokens that the engine is going to generate again.
+            del self._live[acquitted.wire_id]
+            self._send(frame(Cancel(acquitted.wire_id)))
+            acquitted.wire_id, acquitted.in_engine = self._new_wire_id(acquitted.request), False
+            self._live[acquitted.wire_id] = acquitted
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Give the engine what it may hold now and does not."""
+        defendant = self._trials.defendant
+        if defendant is not None:
+            log.warning(
+                "request %s was in the engine at %d deaths: it is tried alone",
+                defendant.request_id,
+                defendant.num_deaths,
+            )
+        for stream in self._live.values() if defendant is None else [defendant]:
+            if not stream.in_engine:
+                stream.in_engine = True
+                stream.last_token_s = 0.0  # the pause was not the device's
+                self._send(frame(stream.as_continued()))
 
     def _fail_all(self, error: EngineFailed) -> None:
         for stream in self._live.values():

@@ -15,13 +15,16 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import msgspec
 
 from .backend.errors import TokenplaneError
 from .config import EngineConfig
 from .engine.engine import Engine
+from .engine.grammar import LLGrammars
 from .engine.startup import start_backend
+from .logs import configure
 from .messages import (
     Events,
     Fatal,
@@ -201,14 +204,19 @@ def serve(path: str, config: EngineConfig) -> int:
         server.publish,
         prefix_cache=config.prefix_cache,
         ageing_s=config.ageing_s,
+        grammars=LLGrammars(Path(config.model.path), config.model.vocab_size),
     )
     server.engine = engine
     server.say_ready(Ready(started.info))
     try:
         while not server.supervisor_left:
             engine.step()
+    except Exception:
+        log.exception("a step failed; the engine held the requests %s", " ".join(engine.request_ids) or "(none)")
+        return 1
     finally:
         server.close()
+        engine.close()
         started.backend.close()
     return 0
 
@@ -221,8 +229,8 @@ def main() -> int:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=os.environ.get("LOG_LEVEL", "info").upper(), format="%(levelname)s %(name)s: %(message)s")
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    configure(os.environ.get("LOG_LEVEL", "info"), config.json_log)
     return serve(sys.argv[1], config)
 
 

@@ -57,8 +57,9 @@ def nothing_is_left_running(slow_server: LiveServer) -> Iterator[None]:
         (COMPLETIONS, {**PROMPT, **LONG, "stream": True, "n": 2}),
         ("/generate_stream", NATIVE),
         ("/", {**NATIVE, "stream": True}),
+        ("/invocations", {**NATIVE, "stream": True}),
     ],
-    ids=["chat", "completions", "two choices", "generate_stream", "root"],
+    ids=["chat", "completions", "two choices", "generate_stream", "root", "invocations"],
 )
 def test_leaving_in_the_middle_of_a_stream(slow_server: LiveServer, path: str, body: dict[str, Any]) -> None:
     with send(slow_server, path, body) as connection:
@@ -70,8 +71,14 @@ def test_leaving_in_the_middle_of_a_stream(slow_server: LiveServer, path: str, b
 
 @pytest.mark.parametrize(
     ("path", "body"),
-    [(CHAT, {**MESSAGES, **LONG}), (COMPLETIONS, {**PROMPT, **LONG, "n": 2}), ("/generate", NATIVE)],
-    ids=["chat", "two choices", "generate"],
+    [
+        (CHAT, {**MESSAGES, **LONG}),
+        (COMPLETIONS, {**PROMPT, **LONG, "n": 2}),
+        ("/generate", NATIVE),
+        ("/invocations", {**MESSAGES, **LONG}),
+        ("/vertex", {"instances": [NATIVE, {**MESSAGES, **LONG}]}),
+    ],
+    ids=["chat", "two choices", "generate", "invocations", "vertex"],
 )
 def test_leaving_while_waiting_for_a_whole_answer(slow_server: LiveServer, path: str, body: dict[str, Any]) -> None:
     with send(slow_server, path, body):

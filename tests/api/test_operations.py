@@ -21,6 +21,7 @@ import pytest
 from helpers.live_server import MODEL_ID, LiveServer, live_server, wait_until
 from helpers.model_folder import make_text_model
 from tokenplane_core.client import EngineClient
+from tokenplane_core.trials import SUSPECT_AFTER
 
 COMPLETIONS = "/v1/completions"
 
@@ -95,7 +96,10 @@ def test_a_stream_outlives_its_engine(model_folder: Path) -> None:
         assert metric(client.get("/metrics").text, "tokenplane_engine_restarts_total") == 1
 
 
-def test_a_request_that_loses_engine_after_engine_is_failed_in_its_dialect(model_folder: Path) -> None:
+def test_a_request_that_loses_engine_after_engine_is_failed_in_its_dialect(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenplane_core.client.MAX_BACKOFF_S", 0.05)
     openai_body: dict[str, Any] = {"prompt": "Go on.", "max_tokens": 500, "ignore_eos": True}
     native_body: dict[str, Any] = {"inputs": "Go on.", "parameters": {"max_new_tokens": 500}}
     with live_server(model_folder, step_ms=100) as live, live.client() as client, ThreadPoolExecutor(4) as pool:
@@ -109,7 +113,7 @@ def test_a_request_that_loses_engine_after_engine_is_failed_in_its_dialect(model
             )
         ]
         wait_until(lambda: live.service.engine.num_live == 4, 10, "all four to run")
-        for _ in range(3):
+        for _ in range(SUSPECT_AFTER + 4):  # from then on each is alone in its engine
             live.wait_ready()
             pid = live.service.engine.engine_pid
             assert pid is not None
@@ -240,6 +244,8 @@ def test_a_browser_may_ask_before_it_has_a_key(locked_server: LiveServer) -> Non
         assert answer.headers["access-control-allow-origin"] == "*"
         assert "authorization" in answer.headers["access-control-allow-headers"]
         assert "x-stainless-os" in answer.headers["access-control-allow-headers"]
+        answer = client.get("/health", headers={"origin": "http://localhost:8080"})
+        assert {"x-request-id", "retry-after"} <= set(answer.headers["access-control-expose-headers"].split(", "))
 
 
 # --- What the server says about itself ----------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tokenplane_core.client import EngineClient
 from tokenplane_core.config import EngineConfig
 from tokenplane_core.kit.simulated import oracle
 from tokenplane_core.messages import SamplingParams, Submit
+from tokenplane_core.trials import SUSPECT_AFTER
 
 VOCAB = 89
 MODEL = ModelSpec("m", "", None, "", {}, 1, 1, 1, 8, VOCAB, 256, "float32")
@@ -124,7 +125,7 @@ async def test_a_request_that_outlives_too_many_engines_is_failed(monkeypatch: p
     monkeypatch.setattr(client_module, "FIRST_BACKOFF_S", 0.01)
     async with engine() as client:
         task = asyncio.create_task(text(client, "poison", [1], 200))
-        for death in range(1, client_module.MAX_ENGINES + 1):
+        for death in range(1, SUSPECT_AFTER + 2):
             await until(lambda: client.is_ready)
             await asyncio.sleep(0.1)
             assert client.engine_pid is not None

@@ -1,23 +1,25 @@
-"""How the client tells a request's reader that the engine refused it, or failed."""
+"""How a request's reader learns that the engine refused it, failed, or got too far ahead; how long others wait."""
 
 from __future__ import annotations
 
 import pytest
 
-from tokenplane_core.backend.errors import EngineFailed, InvalidRequest
-from tokenplane_core.backend.records import ModelSpec
-from tokenplane_core.client import EngineClient, RequestStream
-from tokenplane_core.config import EngineConfig
+from tokenplane_core import request_stream
+from tokenplane_core.backend.errors import EngineFailed, InvalidRequest, ReaderTooSlow
 from tokenplane_core.messages import Submit, TokenEvent
+from tokenplane_core.request_stream import FinishRate, RequestStream
 
-MODEL = ModelSpec("m", "", None, "", {}, 1, 1, 1, 8, 89, 256, "float32")
 REFUSAL = TokenEvent("1", finish_reason="error", error="the request needs 900 tokens", error_field="max_new_tokens")
 
 
 @pytest.fixture
-def stream() -> RequestStream:
-    client = EngineClient(EngineConfig(model=MODEL, backend="none"))
-    return RequestStream(client, Submit("r", [1, 2], 9), wire_id="1")
+def ended_early() -> list[RequestStream]:
+    return []
+
+
+@pytest.fixture
+def stream(ended_early: list[RequestStream]) -> RequestStream:
+    return RequestStream(Submit("r", [1, 2], 9), wire_id="1", on_end=ended_early.append)
 
 
 async def test_a_refusal_names_the_field(stream: RequestStream) -> None:
@@ -36,7 +38,40 @@ async def test_a_failure_without_a_field_is_the_engines(stream: RequestStream) -
 
 
 async def test_what_a_second_engine_refuses_is_not_the_clients_fault(stream: RequestStream) -> None:
-    stream.num_engines = 2
+    stream.num_deaths = 1
     stream.push(REFUSAL)
     with pytest.raises(EngineFailed):
         await anext(stream)
+
+
+async def test_news_without_tokens_is_not_an_event(stream: RequestStream) -> None:
+    assert not stream.has_started
+    stream.push(TokenEvent("1", queue_s=0.5))
+    assert stream.has_started
+    stream.push(TokenEvent("1", [5], queue_s=0.5))
+    assert (await anext(stream)).token_ids == [5]
+
+
+async def test_a_reader_far_behind_is_given_up(
+    stream: RequestStream, ended_early: list[RequestStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_stream, "MAX_UNREAD_EVENTS", 3)
+    for token_id in range(3):
+        stream.push(TokenEvent("1", [token_id]))
+    assert not ended_early
+    stream.push(TokenEvent("1", [3]))
+    assert ended_early == [stream]
+    with pytest.raises(ReaderTooSlow, match="3 tokens"):
+        await anext(stream)
+
+
+def test_the_wait_grows_with_the_queue_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate, now_s = FinishRate(), 100.0
+    monkeypatch.setattr(request_stream, "monotonic", lambda: now_s)
+    assert rate.wait_s(3, most_s=60, unknown_s=5) == 5
+    for _ in range(10):
+        rate.note()
+        now_s += 2
+    assert [rate.wait_s(ahead, most_s=60, unknown_s=5) for ahead in (1, 4, 1000)] == [2, 8, 60]
+    now_s -= 19.9
+    assert rate.wait_s(1, most_s=60, unknown_s=5) == 1

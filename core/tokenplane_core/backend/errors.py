@@ -12,6 +12,7 @@ TokenplaneError
 └── RequestError                 one request cannot be served; never ends the engine
     ├── InvalidRequest           breaks a limit; names field, value and limit
     ├── QueueFull                too many requests wait or run already
+    ├── ReaderTooSlow            its events pile up unread
     ├── EngineNotReady           the engine process is starting or restarting
     └── EngineFailed             the engine process died while it held this request
 """
@@ -68,6 +69,14 @@ class InvalidRequest(RequestError):
 
 
 class QueueFull(RequestError):
+    """`retry_after_s` is a guess at when it is worth trying again."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ReaderTooSlow(RequestError):
     pass
 
 
