@@ -32,6 +32,7 @@ $(VENV)/.installed: $(MANIFESTS)
 
 $(VENV)/.installed-dev: $(VENV)/.installed $(OTHER_BACKENDS:%=%/pyproject.toml)
 	$(PIP) --constraint constraints.txt --group dev $(OTHER_BACKENDS:%=--editable ./%)
+	$(PIP) --no-deps text-generation==0.7.0 # TGI's client asks for an older huggingface-hub, and works with ours
 	@touch $@
 
 serve: install

@@ -139,8 +139,9 @@ def _conformance(reports: list[Report]) -> Iterator[str]:
 
 
 def _features(names: list[str]) -> str:
-    if set(names) == SAMPLING_FEATURES:
-        return "everything"
+    missing = sorted(SAMPLING_FEATURES - set(names))
+    if len(missing) < len(names):
+        return f"everything but {', '.join(missing)}" if missing else "everything"
     return ", ".join(names) or "greedy only; the core does the rest"
 
 
