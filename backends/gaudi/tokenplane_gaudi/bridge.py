@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenplane_core.backend.errors import BackendUnavailable
-from tokenplane_torch.readback import ReadBack
+from tokenplane_torch.readback import Arriving, ReadBack
 
 DEVICE = "hpu"  # the bridge gives a process one card, so there is no index
 
@@ -167,19 +167,4 @@ class GaudiClock:
 
     def read_back(self, tensors: Sequence[Tensor]) -> ReadBack:
         hosts = self._bridge.download(tensors)
-        return _Arriving(hosts, self._begin, self._bridge.event_after_copies())
-
-
-class _Arriving:
-    def __init__(self, hosts: list[Tensor], begin: Any, end: Any) -> None:
-        self._hosts, self._begin, self._end = hosts, begin, end
-
-    def done(self) -> bool:
-        return bool(self._end.query())
-
-    def arrays(self) -> list[NDArray[Any]]:
-        self._end.synchronize()
-        return [host.numpy() for host in self._hosts]
-
-    def seconds(self) -> float:
-        return float(self._begin.elapsed_time(self._end)) / 1e3
+        return Arriving(hosts, self._begin, self._bridge.event_after_copies())

@@ -270,3 +270,12 @@ def test_masks_draw_what_the_reference_draws_and_nothing_else(data: st.DataObjec
     assert_same(logits, batch, histories)
     drawn = drawn_by_torch(torch.from_numpy(logits.copy()), batch, histories).token_ids
     assert allowed[guided, drawn[guided]].all()
+
+
+def test_more_penalised_rows_than_are_done_at_once_keep_their_own_histories() -> None:
+    count = 2 * torch_sampler.PENALISED_ROWS + 5
+    params = [
+        SamplingParams(repetition_penalty=1.0 + i / count, presence_penalty=i / count, frequency_penalty=0.1)
+        for i in range(count)
+    ]
+    assert_same(*random_case(params, seed=7, ties=False))

@@ -26,7 +26,7 @@ from .device import TorchDevice, decode_sizes, gpu_offer
 from .executors import Program, StepExecutor
 from .kernels import AttentionKernels, LayerNeed
 from .padded import PaddedStep, StepShape
-from .readback import ReadBack, StepClock
+from .readback import Arriving, ReadBack, StepClock
 from .sampler import FastDraw, Sampler, TorchSampler
 
 
@@ -210,19 +210,4 @@ class GpuClock:
             host.copy_(tensor, non_blocking=True)
         end = self._api.Event(enable_timing=True)
         end.record()
-        return _Arriving(hosts, self._begin, end)
-
-
-class _Arriving:
-    def __init__(self, hosts: list[Tensor], begin: Any, end: Any) -> None:
-        self._hosts, self._begin, self._end = hosts, begin, end
-
-    def done(self) -> bool:
-        return bool(self._end.query())
-
-    def arrays(self) -> list[NDArray[Any]]:
-        self._end.synchronize()
-        return [host.numpy() for host in self._hosts]
-
-    def seconds(self) -> float:
-        return float(self._begin.elapsed_time(self._end)) / 1e3
+        return Arriving(hosts, self._begin, end)

@@ -61,6 +61,23 @@ class _Arrived:
         return self._seconds
 
 
+class Arriving:
+    """Copies under way to host tensors, between two events of a device that times them (torch's Event)."""
+
+    def __init__(self, hosts: list[Tensor], begin: Any, end: Any) -> None:
+        self._hosts, self._begin, self._end = hosts, begin, end
+
+    def done(self) -> bool:
+        return bool(self._end.query())
+
+    def arrays(self) -> list[NDArray[Any]]:
+        self._end.synchronize()
+        return [host.numpy() for host in self._hosts]
+
+    def seconds(self) -> float:
+        return float(self._begin.elapsed_time(self._end)) / 1e3
+
+
 class TorchStep:
     """The contract's handle of a launched step: waits for the arrays and makes the output of them, once."""
 

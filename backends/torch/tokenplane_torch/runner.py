@@ -51,10 +51,12 @@ class ModelRunner:
         kernels: AttentionKernels,
         device: TorchDevice,
         policy: ShapePolicy,
+        step_tokens: int,
     ) -> None:
         self.module, self.layer_shapes, self.kernels, self.device = module, layer_shapes, kernels, device
         self.layers: list[LayerCache] = []
         self.policy = policy
+        self.step_tokens = step_tokens
         self.max_model_tokens = max_model_tokens
         self.sampler = device.sampler()
 
@@ -90,7 +92,7 @@ class ModelRunner:
         longest = self.max_model_tokens
         for context in [0, *(c for c in powers_of_two(256, longest) if c < longest)]:
             for new in (1, 2, 16, 128, 1024):
-                if context + new <= longest:
+                if new <= self.step_tokens and context + new <= longest:
                     logits = self.try_step(self.layers, [new], context)
         self.sampler.warm(logits)
         self.device.clock().read_back([logits]).arrays()

@@ -22,6 +22,7 @@ from .device import TorchDevice
 from .loader import first_line
 from .slots import PENALTIES, Histories
 
+PENALISED_ROWS = 32  # at a time: what counting takes grows with rows times the longest sequence
 NUCLEUS_GUESS = 512  # ids that are enough for top_p nearly always
 
 Upload = Callable[[NDArray[Any]], Tensor]
@@ -205,10 +206,13 @@ def _adjust(raw: Tensor, batch: SamplingBatch, histories: Histories | None, uplo
         rows = np.repeat(np.arange(len(batch)), np.diff(batch.bias_starts))
         ids = (upload(rows), upload(batch.bias_ids).long())
         out.index_put_(ids, upload(batch.bias_values), accumulate=True)
+    if histories is None:
+        return out
     penalised = np.flatnonzero(needs_history(batch))
-    if len(penalised) and histories is not None:
-        some = upload(penalised)
-        out[some] = _penalise(out[some], batch, penalised, histories, upload)
+    for start in range(0, len(penalised), PENALISED_ROWS):
+        some = penalised[start : start + PENALISED_ROWS]
+        at, part = upload(some), histories.part(start, start + PENALISED_ROWS)
+        out[at] = _penalise(out[at], batch, some, part, upload)
     return out
 
 

@@ -29,6 +29,10 @@ class Histories:
     lengths: Tensor  # i64 [n]
     num_prompt_tokens: Tensor  # i64 [n]
 
+    def part(self, start: int, end: int) -> Histories:
+        """Those of some rows."""
+        return Histories(self.token_ids[start:end], self.lengths[start:end], self.num_prompt_tokens[start:end])
+
 
 class SlotState:
     """Per slot: block table i32 [slots + 1, blocks] and prompt length i32 [slots + 1] on the host, token ids

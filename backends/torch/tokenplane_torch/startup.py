@@ -63,7 +63,7 @@ def load_runner(model: ModelSpec, device: TorchDevice, options: LoadOptions) -> 
     fused = device.fuse(module)
     needs, kernels = check_model(module, model, device)
     shapes = [need.shape for need in needs]
-    runner = ModelRunner(DecoderModule(module), model.max_model_tokens, shapes, kernels, device, policy)
+    runner = ModelRunner(DecoderModule(module), model.max_model_tokens, shapes, kernels, device, policy, step_tokens)
     graphs, graph_bytes = _try_capture(runner) if policy.mode == "soft" else ("", 0)
     gc.collect()  # what loading left behind would count as taken
     reserved = {
