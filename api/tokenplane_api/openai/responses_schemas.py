@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from .schemas import StreamOptions
+from .schemas import RequestFields
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -59,28 +59,15 @@ class Reasoning(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     generate_summary: Any = None
 
 
-class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+class ResponsesRequest(RequestFields, frozen=True, kw_only=True):
     input: str | list[InputItem]
     instructions: str | None = None
     max_output_tokens: int | None = None
-    model: str | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: float | None = None
     text: TextOptions | None = None
     tool_choice: str | dict[str, Any] | None = None
     tools: list[ResponseTool] | None = None
-    top_p: float | None = None
-
-    # Accepted: they do not concern the answer.
-    metadata: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    user: str | None = None
 
     # Only neutral values: see NEUTRAL.
     background: Any = None
@@ -90,8 +77,6 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     max_tool_calls: Any = None
     previous_response_id: Any = None
     prompt: Any = None
-    service_tier: Any = None
-    store: Any = None
     top_logprobs: Any = None
     truncation: Any = None
 

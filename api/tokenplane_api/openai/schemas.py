@@ -63,10 +63,31 @@ class Tool(msgspec.Struct, frozen=True):
     function: Function | None = None
 
 
-class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What both routes take."""
+class RequestFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What all routes that generate take."""
 
     model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+    # Accepted: they do not concern the answer.
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    user: str | None = None
+
+    # Only neutral values: see NEUTRAL.
+    service_tier: Any = None
+    store: Any = None
+
+
+class SamplingFields(RequestFields, frozen=True, kw_only=True):
+    """What the two completion routes take."""
+
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
@@ -74,10 +95,6 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     presence_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
 
     # What the answer must be: OpenAI's word for it, TGI's in the same field, and vLLM's. See structured.py.
     response_format: Any = None
@@ -93,18 +110,6 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     min_tokens: int | None = None
     repetition_penalty: float | None = None
     top_k: int | None = None
-
-    # Accepted: they do not concern the answer.
-    metadata: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    user: str | None = None
-
-    # Only neutral values: see NEUTRAL.
-    service_tier: Any = None
-    store: Any = None
 
 
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
