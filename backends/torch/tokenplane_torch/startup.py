@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -141,12 +142,8 @@ def allocate_cache(runner: ModelRunner, device: TorchDevice, layout: KVLayout) -
     wanted, free = layout.num_blocks * device.block_bytes(runner.layer_shapes), device.free_bytes()
     if wanted > free:
         raise OutOfMemory(f"a KV cache of {layout.num_blocks} blocks needs {wanted} bytes, {free} are free")
-    try:
+    with _as_out_of_memory(f"a KV cache of {wanted} bytes does not fit"):
         runner.allocate(layout)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise OutOfMemory(f"a KV cache of {wanted} bytes does not fit: {first_line(error)}") from error
-        raise
 
 
 def warm_up(runner: ModelRunner) -> int:
@@ -155,14 +152,8 @@ def warm_up(runner: ModelRunner) -> int:
     Raises:
         OutOfMemory: they do not fit beside the cache.
     """
-    try:
+    with _as_out_of_memory("no memory left to warm up beside the KV cache", "; lower --max-batch-total-tokens"):
         return runner.warmup()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"no memory left to warm up beside the KV cache: {first_line(error)}; lower --max-batch-total-tokens"
-        ) from error
 
 
 def _measured_workspace(runner: ModelRunner, step_tokens: int, sequences: int) -> int:
@@ -175,15 +166,9 @@ def _measured_workspace(runner: ModelRunner, step_tokens: int, sequences: int) -
     """
     if runner.device.peak_bytes() is None:
         return 0
-    try:
+    what = f"no memory left for a step of {step_tokens} tokens of {sequences} sequences"
+    with _as_out_of_memory(what, "; lower --max-batch-prefill-tokens or --max-batch-size"):
         return _peak_bytes(runner, step_tokens, sequences)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"no memory left for a step of {step_tokens} tokens of {sequences} sequences: {first_line(error)}; lower"
-            " --max-batch-prefill-tokens or --max-batch-size"
-        ) from error
 
 
 @torch.inference_mode()
@@ -213,6 +198,17 @@ def _demanding(rows: int) -> SamplingBatch:
         typical_p=np.full(rows, 0.9, np.float32),
         num_logprobs=np.full(rows, 5, np.int32),
     )
+
+
+@contextlib.contextmanager
+def _as_out_of_memory(what: str, advice: str = "") -> Iterator[None]:
+    """Inside, torch's many ways to run out of memory become OutOfMemory: what for, torch's own words, advice."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{what}: {first_line(error)}{advice}") from error
 
 
 def _wish(wish: int | None, default: int, most: int) -> int:
