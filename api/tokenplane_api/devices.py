@@ -15,9 +15,7 @@ from tokenplane_core.backend.hardware import Hardware
 from tokenplane_core.backend.plugins import PluginAnswer, survey
 from tokenplane_core.backend.probe import GIB, join_notes
 from tokenplane_core.backend.records import Device
-
-SIMULATED = "simulated"
-"""Device kind of the devices that only exist for tests."""
+from tokenplane_core.memory import SIMULATED
 
 WIDTH = 110
 

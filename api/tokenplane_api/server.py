@@ -24,11 +24,11 @@ from tokenplane_core.backend.errors import ConfigError, TokenplaneError
 from tokenplane_core.backend.records import Device, ModelSpec
 from tokenplane_core.client import EngineClient
 from tokenplane_core.config import EngineConfig
+from tokenplane_core.memory import SIMULATED
 from tokenplane_core.model import describe_model
 
 from .app import create_app
 from .banner import banner
-from .devices import SIMULATED
 from .http_guard import guarded_protocol
 from .hub import model_sha, resolve_model
 from .quantization import require_quantization

@@ -21,6 +21,8 @@ from .weight_files import DTYPE_BYTES, Weights
 USEFUL_TOKENS = 64  # a shorter --max-total-tokens is no advice
 
 SIMULATED = "simulated"
+"""Device kind of the devices that only exist for tests."""
+
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 # Per layer and captured decode graph. vLLM logs 0.21 GiB for 35 graphs of Llama 3.2 1B, which has 16 layers.
