@@ -2,10 +2,12 @@
 """What the HTTP API costs per token: a real server over a simulated device whose steps take no time.
 
 Starts `tokenplane serve --backend simulated-cuda` on the demo model's folder (no weights are read), keeps `--streams`
-clients streaming chat answers, and prints tokens per second and the API process's CPU seconds per 1,000 tokens. Tokens
-per second depend on what else runs on the machine; CPU seconds much less, so compare those.
+clients streaming chat answers, and prints tokens per second, the time between a stream's tokens, and the API process's
+CPU seconds per 1,000 tokens. Tokens per second depend on what else runs on the machine; CPU seconds much less, so
+compare those.
 
     python benchmarks/api_overhead.py --streams 64 --output-tokens 400 --rounds 3
+    python benchmarks/api_overhead.py --streams 1 --rounds 9
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+VLLM_TOKENS_PER_S = 4_400
+"""vLLM 0.32's CPU build with a model that costs next to nothing, 64 streams, on two quiet cores (2026-11-20)."""
+
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -91,6 +96,7 @@ def measure(port: int, server: subprocess.Popen[bytes], args: argparse.Namespace
         engine_costs.append((cpu_s(child_of(server.pid)) - engine_s) / tokens * 1000)
     return {
         "tokens_per_s": round(statistics.median(rates)),
+        "ms_between_tokens": round(1000 * args.streams / statistics.median(rates), 3),
         "api_cpu_s_per_1000_tokens": round(statistics.median(api_costs), 4),
         "engine_cpu_s_per_1000_tokens": round(statistics.median(engine_costs), 4),
     }
@@ -117,7 +123,10 @@ def main() -> None:
         finally:
             server.terminate()
     print(f"{args.streams} streams of {args.output_tokens} tokens: {result['tokens_per_s']:,} tokens/s,")
+    print(f"in each stream {result['ms_between_tokens']} ms between two tokens,")
     print(f"API {result['api_cpu_s_per_1000_tokens']} CPU seconds per 1,000 tokens")
+    if args.streams == 64:
+        print(f"{result['tokens_per_s'] / VLLM_TOKENS_PER_S:.1f} times vLLM's {VLLM_TOKENS_PER_S:,} tokens/s")
     print(json.dumps({"streams": args.streams, "output_tokens": args.output_tokens, "rounds": args.rounds, **result}))
 
 

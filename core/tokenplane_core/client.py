@@ -22,9 +22,11 @@ import msgspec
 
 from .backend import errors
 from .backend.errors import ConfigError, EngineFailed, EngineNotReady, InvalidRequest, QueueFull, TokenplaneError
+from .client_adapters import ClientAdapters, LoadedAdapter
 from .config import EngineConfig
 from .durations import Durations
 from .messages import (
+    AdapterLoaded,
     Cancel,
     EngineInfo,
     Events,
@@ -78,6 +80,9 @@ class EngineClient:
         self.num_restarts = 0
         self.stats = Stats()
         self.inter_token = Durations()
+        self.adapters = ClientAdapters(
+            lambda message: self._send(frame(message)), lambda: (s.request.adapter for s in self._live.values())
+        )
         self._info: EngineInfo | None = None
         self._live: dict[str, RequestStream] = {}  # by wire_id
         self._num_submitted = 0
@@ -131,6 +136,8 @@ class EngineClient:
         self._folder = Path(tempfile.mkdtemp(prefix="tokenplane-"))
         try:
             lost = await self._launch()
+            for name, path in self.config.adapters.items():
+                await self.load_adapter(name, path)
         except BaseException:
             await self.close()
             raise
@@ -166,6 +173,7 @@ class EngineClient:
                 self.retry_after_s,
             )
         check_request(request, self.info)
+        self.adapters.require(request.adapter)
         stream = RequestStream(request, self._new_wire_id(request), self._on_ended_early)
         message = frame(stream.as_continued())  # before it is live: what cannot be encoded never was submitted
         self._live[stream.wire_id] = stream
@@ -175,6 +183,12 @@ class EngineClient:
         if self.max_queue_s is not None:
             stream.give_up_after(self.max_queue_s, self._waited_too_long)
         return stream
+
+    async def load_adapter(self, name: str, path: str) -> LoadedAdapter:
+        """Load a LoRA adapter; see ClientAdapters.load. Raises EngineNotReady too."""
+        if not self._is_ready:
+            raise EngineNotReady("the engine is starting or restarting; try again in a moment")
+        return await self.adapters.load(name, path)
 
     def _waited_too_long(self) -> QueueFull:
         return QueueFull(
@@ -199,6 +213,8 @@ class EngineClient:
         self._ends.note()
         if stream.in_engine:
             self._send(frame(Cancel(stream.wire_id)))
+        if self.adapters.leaving:
+            self.adapters.let_go()
         if self._trials.is_over():
             self._try_next()
 
@@ -218,10 +234,14 @@ class EngineClient:
                     del self._live[event.request_id]
                     self._ends.note()
                 stream.push(event)
+            if self.adapters.leaving:
+                self.adapters.let_go()
             if self._trials.is_over():
                 self._try_next()
         elif isinstance(message, Stats):
             self.stats = message
+        elif isinstance(message, AdapterLoaded):
+            self.adapters.answered(message)
         elif isinstance(message, Ready):
             self._info = message.info
             if self._ready is not None and not self._ready.done():
@@ -260,6 +280,7 @@ class EngineClient:
             status = await self._process.wait()
             raise EngineFailed(f"the engine process ended with status {status} while starting; see its log above")
         self._ready.result()
+        wire.lost.add_done_callback(lambda _: self.adapters.engine_died())
         self._is_ready = True
         self._last_word_s = time.monotonic()
         return wire.lost
@@ -305,6 +326,7 @@ class EngineClient:
                     await self._stop_process(grace_s=0)
                     self._fail_all(EngineFailed(f"the engine did not come back: {error}"))
             log.info("the engine is back, continuing %d requests", len(self._live))
+            self.adapters.load_again()
             self._trials.open(self._live.values())
             self._send_waiting()
 

@@ -22,6 +22,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: int | None = None
     required_tokens: int | None = None  # one sequence of this length must fit; None: any that does will do
     prefix_cache: bool = True
+    adapters: dict[str, str] = {}  # LoRA adapters to begin with: name -> folder; the client loads them
+    max_adapters: int = 0  # LoadOptions.max_adapters
+    max_adapter_rank: int = 0
     ageing_s: float = 10.0  # waiting this long is worth one priority level
     ready_timeout_s: float = 600.0  # from process start to the first Ready
     hang_timeout_s: float = 300.0  # silence after which a running engine counts as hung

@@ -23,10 +23,17 @@ USEFUL_TOKENS = 64  # a shorter --max-total-tokens is no advice
 SIMULATED = "simulated"
 """Device kind of the devices that only exist for tests."""
 
+QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5 + 2 / 32}
+"""Of one weight, with its share of scales: int4 in groups of 32. Backends may differ a little."""
+
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 # Per layer and captured decode graph. vLLM logs 0.21 GiB for 35 graphs of Llama 3.2 1B, which has 16 layers.
 GRAPH_LAYER_BYTES = 384 << 10
+
+
+KV_SCALE_BYTES = 4
+"""Of a quantized KV cache, for the key and for the value of each token and head."""
 
 
 class MemoryRow(msgspec.Struct, frozen=True):
@@ -56,10 +63,11 @@ def kv_token(model: ModelSpec, shards: int = 1) -> KVToken:
     A sliding window saves nothing: blocks belong to all layers at once, so every layer keeps every token. Heads that
     do not divide by the devices are kept on several of them.
     """
-    config, itemsize = _text(model), DTYPE_BYTES[model.dtype]
+    config, itemsize = _text(model), 1 if model.kv_dtype else DTYPE_BYTES[model.dtype]
+    scale_bytes = KV_SCALE_BYTES if model.kv_dtype else 0
     layers = [_kv_shape(config, model, layer) for layer in range(model.num_layers) if _attends(config, layer)]
     shapes = sorted({(heads, *dims) for heads, *dims in layers})
-    num_bytes = itemsize * sum(-(-heads // shards) * (key + value) for heads, key, value in layers)
+    num_bytes = sum(-(-heads // shards) * (itemsize * (key + value) + 2 * scale_bytes) for heads, key, value in layers)
     least_bytes, notes = num_bytes, []
     if latent := config.get("kv_lora_rank"):
         least_bytes = min(num_bytes, itemsize * len(layers) * (latent + config.get("qk_rope_head_dim", 0)))
@@ -72,7 +80,7 @@ def kv_token(model: ModelSpec, shards: int = 1) -> KVToken:
     if config.get("sliding_window"):
         notes.append("windows save nothing")
     heads = " or ".join(f"{h} KV heads of {k if k == v else f'{k} + {v}'}" for h, k, v in shapes)
-    why = "; ".join([f"{len(layers)} layers, {heads or 'no KV heads'}, {model.dtype}", *notes])
+    why = "; ".join([f"{len(layers)} layers, {heads or 'no KV heads'}, {model.kv_dtype or model.dtype}", *notes])
     return KVToken(num_bytes, least_bytes, why)
 
 
@@ -107,6 +115,35 @@ def workspace_bytes(model: ModelSpec, step_tokens: int, rows: int, shards: int =
     inner = max(3 * max(dense, experts * expert), 2 * (model.num_heads + model.num_kv_heads) * model.head_dim)
     token_bytes = hidden * (2 * itemsize + 4) + -(-inner // shards) * itemsize
     return step_tokens * token_bytes + rows * model.vocab_size * (itemsize + 8)
+
+
+def loaded_bytes(model: ModelSpec, weights: Weights) -> int:
+    """The weights once they are loaded: of a quantized model all but the embedding, which is looked up, not multiplied.
+
+    An output layer that shares its weights with the embedding is quantized beside it, and to no less than int8.
+    """
+    if model.quantize is None:
+        return weights.bytes_as(model.dtype)
+    config = _text(model)
+    hidden = _number(config, "hidden_size", "n_embd", "d_model") or model.num_heads * model.head_dim
+    embedding = min(model.vocab_size * hidden, weights.num_floats)
+    tied = bool(config.get("tie_word_embeddings"))
+    head = embedding if tied or 2 * embedding <= weights.num_floats else 0
+    layers = weights.num_floats - embedding - (0 if tied else head)
+    kept = embedding * DTYPE_BYTES[model.dtype] + weights.other_bytes
+    return kept + head + int(layers * QUANTIZED_BYTES[model.quantize])
+
+
+def adapter_bytes(model: ModelSpec, rank: int) -> int:
+    """Room for one LoRA adapter of that rank beside every linear layer of a dense block: as wide as what goes into the
+    layer and what comes out of it.
+    """
+    config = _text(model)
+    hidden = _number(config, "hidden_size", "n_embd", "d_model") or model.num_heads * model.head_dim
+    inner = _number(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    attention = 2 * (hidden + queries) + 2 * (hidden + keys)
+    return model.num_layers * (attention + 3 * (hidden + inner)) * rank * DTYPE_BYTES[model.dtype]
 
 
 def shard_problem(model: ModelSpec, shards: int) -> str | None:
@@ -162,7 +199,7 @@ class MemoryPlan:
     def weights_bytes(self) -> int:
         if self.device.kind == SIMULATED:
             return 0
-        return -(-self.weights.bytes_as(self.model.dtype) // self.shards)
+        return -(-loaded_bytes(self.model, self.weights) // self.shards)
 
     @property
     def fixed_bytes(self) -> int:
@@ -204,7 +241,7 @@ class MemoryPlan:
     def way_out(self) -> str:
         """What to change, each with a value computed to fit."""
         ways = [self._shorter()]
-        small_steps = LoadOptions(max_step_tokens=256, max_sequences=8)
+        small_steps = replace(self.options, max_step_tokens=256, max_sequences=8)
         if not any(ways) and self.step_tokens > 256:
             small = replace(self, options=small_steps)
             ways.append(small._shorter("--max-batch-prefill-tokens 256 --max-batch-size 8 "))
@@ -247,11 +284,16 @@ class MemoryPlan:
             yield MemoryRow("weights", 0, None, "a simulated device keeps none")
             return
         split = f", split over {self.shards}" if self.shards > 1 else ""
-        yield MemoryRow("weights", self.weights_bytes, None, f"{model.dtype}{split}, from {self.weights.source}")
+        stored = f"{model.quantize}, quantized from {model.dtype}" if model.quantize else model.dtype
+        yield MemoryRow("weights", self.weights_bytes, None, f"{stored}{split}, from {self.weights.source}")
         workspace = workspace_bytes(model, self.step_tokens, self.sequences, self.shards)
         why = f"activations of {self.step_tokens:,} tokens, logits of {self.sequences} rows x {model.vocab_size:,}"
         yield MemoryRow("workspace", workspace, None, why)
         yield _graphs_row(model, offer.decode_graphs, self.sequences)
+        if self.options.max_adapters:
+            count, rank = self.options.max_adapters, self.options.max_adapter_rank
+            size = count * adapter_bytes(model, rank)
+            yield MemoryRow("adapters", size, None, f"{count} of rank {rank}, beside every linear layer")
         why = "kept free: the driver's context, libraries, the allocator's slack"
         yield MemoryRow("headroom", offer.headroom_bytes, None, why)
 

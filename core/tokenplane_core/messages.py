@@ -1,7 +1,7 @@
 """What the API process and the engine process say to each other: typed msgpack messages, never pickle.
 
-Border: Submit and Cancel one way; Ready, Events, Stats and Fatal the other. Every message is one frame on a unix
-socket: a length (u32, little endian) and that many bytes.
+Border: Submit, Cancel, LoadAdapter and UnloadAdapter one way; Ready, Events, AdapterLoaded, Stats and Fatal the other.
+Every message is one frame on a unix socket: a length (u32, little endian) and that many bytes.
 """
 
 from __future__ import annotations
@@ -57,16 +57,31 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, omit_defaults=True):
     priority: int = 0  # lower runs earlier; see scheduler.py for ageing
     prompt_logprobs: bool = False  # computes the whole prompt: finds nothing in the prefix cache
     grammar: Grammar | None = None
+    adapter: int = 0  # number of the LoRA adapter it is computed with; 0: none
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     request_id: str
 
 
-ToEngine = Submit | Cancel
+class LoadAdapter(msgspec.Struct, tag="load_adapter", frozen=True):
+    """Requests that come after this one may use the adapter."""
+
+    number: int  # from 1 on, never given twice
+    name: str
+    path: str  # folder with adapter_config.json and adapter_model.safetensors
 
 
-class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+class UnloadAdapter(msgspec.Struct, tag="unload_adapter", frozen=True):
+    """No more requests will use the adapter; those that do keep it until they end."""
+
+    number: int
+
+
+ToEngine = Submit | Cancel | LoadAdapter | UnloadAdapter
+
+
+class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """News of one request. The last event of a request carries a finish_reason."""
 
     request_id: str
@@ -112,6 +127,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_prompt_tokens: int  # longest prompt the device can take in
     memory: list[MemoryRow]  # where the device's memory went, estimated and measured
     prompt_logprobs: bool  # whether a request may ask for them
+    max_adapters: int = 0  # LoRA adapters at a time
+    max_adapter_rank: int = 0
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -122,6 +139,13 @@ class Events(msgspec.Struct, tag="events", frozen=True):
     """All news of one step for one connection."""
 
     events: list[TokenEvent]
+
+
+class AdapterLoaded(msgspec.Struct, tag="adapter_loaded", frozen=True):
+    """The answer to LoadAdapter."""
+
+    number: int
+    error: str = ""  # why it is not loaded, for the user
 
 
 class Stats(msgspec.Struct, tag="stats", frozen=True):
@@ -143,6 +167,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     compiled_shapes: int = 0  # during steps; anything but 0 is a gap in the warm-up
     device_s: float = 0.0
     max_batch_tokens: int = 0  # what the running requests may grow to, prompts included
+    adapters_loaded: int = 0
     steps_joined: int = 0  # in which new requests joined running ones
     admitted: dict[int, int] = {}  # how often so many requests were taken from the queue at once
     # Of steps, by "prefill" and "decode":
@@ -159,7 +184,7 @@ class Fatal(msgspec.Struct, tag="fatal", frozen=True):
     message: str
 
 
-FromEngine = Ready | Events | Stats | Fatal
+FromEngine = Ready | Events | AdapterLoaded | Stats | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

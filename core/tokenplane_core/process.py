@@ -24,8 +24,10 @@ from .config import EngineConfig
 from .engine.engine import Engine
 from .engine.grammar import LLGrammars
 from .engine.startup import start_backend
+from .garbage import settle
 from .logs import configure
 from .messages import (
+    AdapterLoaded,
     Events,
     Fatal,
     FrameReader,
@@ -52,6 +54,7 @@ class Connection:
         self.sock = sock
         self.reader = FrameReader()
         self.unread = bytearray()
+        self.mask = selectors.EVENT_READ  # what the selector is asked to wake for
 
 
 class EngineServer:
@@ -109,6 +112,10 @@ class EngineServer:
     def publish(self, client: int, events: list[TokenEvent]) -> None:
         """Send a step's news to one connection; a connection that has left is passed over."""
         self._send(client, Events(events))
+
+    def answer(self, client: int, answer: AdapterLoaded) -> None:
+        """Tell a connection what became of an adapter."""
+        self._send(client, answer)
 
     def close(self) -> None:
         for client in list(self._connections):
@@ -172,7 +179,9 @@ class EngineServer:
             self._drop(client)
             return
         mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.unread else 0)
-        self._selector.modify(connection.sock, mask, client)
+        if mask != connection.mask:
+            self._selector.modify(connection.sock, mask, client)
+            connection.mask = mask
 
     def _drop(self, client: int) -> None:
         connection = self._connections.pop(client, None)
@@ -205,8 +214,10 @@ def serve(path: str, config: EngineConfig) -> int:
         prefix_cache=config.prefix_cache,
         ageing_s=config.ageing_s,
         grammars=LLGrammars(Path(config.model.path), config.model.vocab_size),
+        answer=server.answer,
     )
     server.engine = engine
+    settle()
     server.say_ready(Ready(started.info))
     try:
         while not server.supervisor_left:

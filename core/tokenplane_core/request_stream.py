@@ -13,6 +13,9 @@ from .backend.errors import EngineFailed, InvalidRequest, ReaderTooSlow, Tokenpl
 from .messages import Submit, TokenEvent
 from .trials import FIRST_TRIAL_TOKENS
 
+MAX_JOINED_EVENTS = 64
+"""A reader that has fallen behind the device gets up to so many tokens at once, at little more than the cost of one."""
+
 MAX_UNREAD_EVENTS = 16_384
 """A reader this far behind the engine is given up, and its blocks come back."""
 
@@ -44,7 +47,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
-        """The next event.
+        """The next event: all that is new since the last call, up to MAX_JOINED_EVENTS.
 
         Raises:
             InvalidRequest: the engine refused the request.
@@ -61,7 +64,14 @@ class RequestStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        return self._events.popleft()
+        event = self._events.popleft()
+        if not self._events or not self._events[0].token_ids:
+            return event
+        joined = [event]
+        # An end without tokens stays alone: joined, it would turn the token before it into the stop token.
+        while self._events and self._events[0].token_ids and len(joined) < MAX_JOINED_EVENTS:
+            joined.append(self._events.popleft())
+        return _join(joined)
 
     def cancel(self) -> None:
         """Give the request up: its blocks come back, no more events follow. Idempotent, never waits."""
@@ -128,6 +138,18 @@ class RequestStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _join(events: list[TokenEvent]) -> TokenEvent:
+    """Events of one request, each with tokens, as one. What is told once stands in the first or ends the last."""
+    first = events[0]
+    return msgspec.structs.replace(
+        first,
+        token_ids=[token_id for event in events for token_id in event.token_ids],
+        logprobs=None if first.logprobs is None else [x for event in events for x in event.logprobs or ()],
+        top_logprobs=None if first.top_logprobs is None else [x for event in events for x in event.top_logprobs or ()],
+        finish_reason=events[-1].finish_reason,
+    )
 
 
 class FinishRate:

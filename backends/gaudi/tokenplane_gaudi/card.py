@@ -32,6 +32,7 @@ class GaudiCard(TorchDevice):
     default_step_tokens = 2048
     most_step_tokens = 8192
     async_depth = 1
+    serves_adapters = False
     mixed = False
     max_prefill_rows = PREFILL_ROWS
     sampling = STATIC_SAMPLING

@@ -15,6 +15,7 @@ import torch
 
 from tokenplane_core.backend.errors import ConfigError, OutOfMemory, UnsupportedModel
 from tokenplane_core.backend.records import Capabilities, KVLayout, LoadOptions
+from tokenplane_core.kit.adapters import greedy_with_adapter
 from tokenplane_core.kit.checkpoint import reference_greedy, write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
 from tokenplane_core.kit.runner import LocalEngine
@@ -57,6 +58,7 @@ def test_captured_steps_keep_the_law(law_name: str, folder: Path) -> None:
     subject = Subject(
         "host-gpu", FixedBackend, describe_model(folder, dtype="float32"), partial(reference_greedy, folder)
     )
+    subject.adapter_reference = partial(greedy_with_adapter, folder)
     try:
         LAWS[law_name](subject)
     except NotApplicable as reason:

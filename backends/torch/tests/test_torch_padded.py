@@ -10,6 +10,7 @@ import pytest
 
 from tokenplane_core.backend.hookspecs import hookimpl
 from tokenplane_core.backend.records import DetectReport, Device, LoadOptions
+from tokenplane_core.kit.adapters import greedy_with_adapter
 from tokenplane_core.kit.checkpoint import reference_greedy, write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
 from tokenplane_core.model import describe_model
@@ -47,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_padded_steps_keep_the_law(law_name: str, kind: Kind, folder: Path) -> None:
     model = describe_model(folder, dtype="float32")
     subject = Subject("padded", lambda: PaddedBackend(kind), model, partial(reference_greedy, folder))
+    subject.adapter_reference = partial(greedy_with_adapter, folder)
     try:
         LAWS[law_name](subject)
     except NotApplicable as reason:

@@ -15,108 +15,26 @@ from hypothesis import strategies as st
 
 import tokenplane_torch.sampler as torch_sampler
 from tokenplane_core.backend import sampling as reference
-from tokenplane_core.backend.records import TokenMask
+from tokenplane_core.backend.records import SamplingBatch, TokenMask
 from tokenplane_core.messages import SamplingParams
-from tokenplane_torch.slots import Histories
+from tokenplane_torch.testing import samples
 from tokenplane_torch.testing.device import PlainDevice
 from tokenplane_torch.testing.driver import sampling_batch
-
-VOCAB = 97
-ROUNDING = 1e-5  # of float32 probabilities, summed in another order
-
-FEATURES: dict[str, st.SearchStrategy[Any]] = {
-    "top_k": st.integers(1, VOCAB + 5),
-    "top_p": st.floats(0.0625, 0.984375, width=32),
-    "min_p": st.floats(0.015625, 0.875, width=32),
-    "typical_p": st.floats(0.0625, 0.984375, width=32),
-    "repetition_penalty": st.floats(0.5, 2.0, width=32),
-    "presence_penalty": st.floats(-2.0, 2.0, width=32),
-    "frequency_penalty": st.floats(-2.0, 2.0, width=32),
-    "logit_bias": st.dictionaries(
-        st.integers(0, VOCAB - 1), st.sampled_from([-100.0, -1.5, 3.0, float("-inf")]), max_size=5
-    ),
-    "num_logprobs": st.integers(0, 7),
-    "processed_logprobs": st.just(True),
-}
+from tokenplane_torch.testing.samples import FEATURES, VOCAB, padded_histories, random_case, rows
 
 
 def drawn_by_torch(
-    logits: torch.Tensor, batch: Any, histories: list[reference.History] | None = None
+    logits: torch.Tensor, batch: SamplingBatch, histories: list[reference.History] | None = None
 ) -> reference.Samples:
-    """What the torch sampler draws, on the host; histories of every row."""
-    device = PlainDevice()
-    known = None
-    penalised = np.flatnonzero(torch_sampler.needs_history(batch))
-    if histories is not None and len(penalised):
-        mine = [histories[i] for i in penalised]
-        padded = np.full((len(mine), max(len(h.token_ids) for h in mine)), VOCAB - 1, np.int32)
-        for row, history in zip(padded, mine, strict=True):
-            row[: len(history.token_ids)] = history.token_ids
-        lengths, prompts = [len(h.token_ids) for h in mine], [h.num_prompt_tokens for h in mine]
-        known = Histories(torch.from_numpy(padded), torch.tensor(lengths), torch.tensor(prompts))
-    drawn = torch_sampler.TorchSampler(device).draw(logits, np.arange(len(logits)), batch, known)
+    """What the torch sampler draws, on the host."""
+    known = padded_histories(batch, histories)
+    drawn = torch_sampler.TorchSampler(PlainDevice()).draw(logits, np.arange(len(logits)), batch, known)
     token_ids, *rest = [tensor.numpy() for tensor in drawn.tensors()]
     return reference.Samples(token_ids, *(rest or (None, None, None)))
 
 
-def rows(features: list[str]) -> st.SearchStrategy[list[SamplingParams]]:
-    """Rows that each use some of the features, greedy or not."""
-    fields = {name: st.one_of(FEATURES[name], st.just(getattr(SamplingParams(), name))) for name in features}
-    temperature = st.one_of(st.just(0.0), st.floats(0.25, 2.0, width=32))
-    row = st.builds(SamplingParams, temperature=temperature, seed=st.integers(0, 2**64 - 1), **fields)
-    return st.lists(row, min_size=1, max_size=6)
-
-
-def random_case(params: list[SamplingParams], seed: int, ties: bool) -> tuple[np.ndarray, Any, list[reference.History]]:
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 3, (len(params), VOCAB)).astype(np.float32)
-    if ties:
-        logits = np.round(logits)
-    histories = [
-        reference.History(rng.integers(0, VOCAB, length).astype(np.int32), int(rng.integers(0, length + 1)))
-        for length in rng.integers(0, 40, len(params))
-    ]
-    return logits, sampling_batch(params, [len(h.token_ids) for h in histories]), histories
-
-
-def assert_same(logits: np.ndarray, batch: Any, histories: list[reference.History]) -> None:
-    want = reference.sample(logits, batch, histories)
-    got = drawn_by_torch(torch.from_numpy(logits.copy()), batch, histories)
-    same = got.token_ids == want.token_ids
-    for i in np.flatnonzero(~same).tolist():
-        assert is_borderline(logits[i], batch, i, histories[i], int(got.token_ids[i]))
-    if want.logprobs is None:
-        assert got.logprobs is None and got.top_ids is None and got.top_logprobs is None
-        return
-    assert got.logprobs is not None and got.top_ids is not None and got.top_logprobs is not None
-    assert want.top_ids is not None and want.top_logprobs is not None
-    np.testing.assert_allclose(got.logprobs[same], want.logprobs[same], atol=1e-4)
-    np.testing.assert_allclose(got.top_logprobs[same], want.top_logprobs[same], atol=1e-4)
-    assert got.top_ids.dtype == np.int32 and got.top_ids.shape == want.top_ids.shape
-    for i, j in np.argwhere((got.top_ids != want.top_ids) & same[:, None]):
-        # Ids whose logprobs agree but for rounding may trade places, or be the one that just missed the list.
-        alike = np.isclose(want.top_logprobs[i], want.top_logprobs[i, j], rtol=0, atol=1e-5).sum()
-        assert alike > 1 or j == batch.num_logprobs[i] - 1
-
-
-def is_borderline(logits: np.ndarray, batch: Any, i: int, history: reference.History, token: int) -> bool:
-    """True if the reference draws the token too once a limit or the random number moves by a rounding error."""
-    if batch.temperature[i] == 0:
-        return False
-    u = float(reference.uniforms(batch.seeds, batch.positions)[i])
-    for moves in itertools.product((-ROUNDING, 0, ROUNDING), repeat=3):
-        moved = replace(
-            batch,
-            top_p=np.where(batch.top_p < 1, batch.top_p + np.float32(moves[0]), 1).astype(np.float32),
-            typical_p=np.where(batch.typical_p < 1, batch.typical_p + np.float32(moves[1]), 1).astype(np.float32),
-            min_p=(batch.min_p * np.float32(1 + moves[2])).astype(np.float32),
-        )
-        warped = reference._warp(reference._adjust(logits, moved, i, history), moved, i)
-        cumulative = np.cumsum(np.exp(reference.log_softmax(warped)), dtype=np.float64)
-        below = cumulative[token - 1] if token else 0.0
-        if np.isfinite(warped[token]) and below - ROUNDING <= u * cumulative[-1] <= cumulative[token] + ROUNDING:
-            return True
-    return False
+def assert_same(logits: np.ndarray, batch: SamplingBatch, histories: list[reference.History]) -> None:
+    samples.assert_same(drawn_by_torch, logits, batch, histories)
 
 
 @pytest.mark.parametrize("feature", [None, *FEATURES])
@@ -279,3 +197,11 @@ def test_more_penalised_rows_than_are_done_at_once_keep_their_own_histories() ->
         for i in range(count)
     ]
     assert_same(*random_case(params, seed=7, ties=False))
+
+
+@pytest.mark.parametrize("vocab", [31, 32, 97])
+def test_bits_unpack_alike_on_the_host_and_on_a_device(vocab: int) -> None:
+    words = np.random.default_rng(vocab).integers(0, 2**32, (3, -(-vocab // 32)), np.uint32)
+    bits = [[bool(int(row[t // 32]) >> t % 32 & 1) for t in range(vocab)] for row in words]
+    assert torch_sampler.unpacked_on_host(words, vocab).tolist() == bits
+    assert torch_sampler.unpacked_on_device(torch.from_numpy(words.view(np.int32)), vocab).tolist() == bits

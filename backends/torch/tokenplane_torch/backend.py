@@ -19,10 +19,11 @@ import gc
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from tokenplane_core.backend.errors import BackendUnavailable, ContractViolation
+from tokenplane_core.backend.errors import BackendUnavailable, ContractViolation, UnsupportedModel
 from tokenplane_core.backend.hookspecs import hookimpl
 from tokenplane_core.backend.records import (
     CONTRACT_VERSION,
+    AdapterSpec,
     Capabilities,
     DecodeBatch,
     DetectReport,
@@ -38,7 +39,8 @@ from tokenplane_core.backend.records import (
 from .device import TorchDevice
 
 if TYPE_CHECKING:
-    from .runner import ModelRunner
+    from .lora import LoraLayers
+    from .runner import Runner
 
 
 class TorchBackend(ABC):
@@ -50,7 +52,8 @@ class TorchBackend(ABC):
 
     def __init__(self) -> None:
         self._device: TorchDevice | None = None
-        self._runner: ModelRunner | None = None
+        self._runner: Runner | None = None
+        self._adapters: LoraLayers | None = None
 
     @abstractmethod
     def detect(self) -> DetectReport:
@@ -69,6 +72,8 @@ class TorchBackend(ABC):
             BackendUnavailable: there is no device of that index.
         """
         found = self._found(options.device_index)
+        self._require_quantizable(model, found, options)
+        self._require_cacheable(model, found, options)
         self.close()
         from .startup import load_runner
 
@@ -78,7 +83,7 @@ class TorchBackend(ABC):
         except BaseException:
             device.close()
             raise
-        self._device, self._runner = device, loaded.runner
+        self._device, self._runner, self._adapters = device, loaded.runner, loaded.adapters
         return Capabilities(
             contract=CONTRACT_VERSION,
             backend=self.name,
@@ -96,6 +101,32 @@ class TorchBackend(ABC):
             kernels=loaded.kernels,
             # A padded prefill computes logits of each row's last token alone.
             prompt_logprobs=all(bucket.phase == "decode" for bucket in loaded.shapes.buckets),
+            adapters=loaded.adapters.limits if loaded.adapters is not None else None,
+        )
+
+    def _require_quantizable(self, model: ModelSpec, device: Device, options: LoadOptions) -> None:
+        if model.quantize is None:
+            return
+        where = f"on {device.name} (backend {self.name})"
+        if options.max_adapters and model.quantize in device.offer.quantizes:
+            where = "beside LoRA adapters"
+        elif model.quantize in device.offer.quantizes:
+            return
+        raise UnsupportedModel(
+            f"{model.model_id}: quantizing weights to {model.quantize} while they load is not possible {where};"
+            " leave --quantize out, or serve a checkpoint that is stored quantized"
+        )
+
+    def _require_cacheable(self, model: ModelSpec, device: Device, options: LoadOptions) -> None:
+        if model.kv_dtype is None:
+            return
+        where = f"on {device.name} (backend {self.name})"
+        if options.max_adapters and model.kv_dtype in device.offer.kv_dtypes:
+            where = "beside LoRA adapters"
+        elif model.kv_dtype in device.offer.kv_dtypes:
+            return
+        raise UnsupportedModel(
+            f"{model.model_id}: a KV cache of {model.kv_dtype} is not possible {where}; leave --kv-cache-dtype out"
         )
 
     @hookimpl
@@ -122,8 +153,18 @@ class TorchBackend(ABC):
         return self._loaded()[0].decode(batch, sampling)
 
     @hookimpl
+    def adapter_load(self, index: int, adapter: AdapterSpec) -> bool:
+        self._lora().load(index, adapter)
+        return True
+
+    @hookimpl
+    def adapter_drop(self, index: int) -> bool:
+        self._lora().drop(index)
+        return True
+
+    @hookimpl
     def close(self) -> bool:
-        device, self._device, self._runner = self._device, None, None
+        device, self._device, self._runner, self._adapters = self._device, None, None, None
         gc.collect()
         if device is not None:
             device.close()
@@ -137,7 +178,12 @@ class TorchBackend(ABC):
         reason = report.reason or f"device indices: {', '.join(str(d.index) for d in report.devices)}"
         raise BackendUnavailable(f"{self.name}: there is no device {index}; {reason}")
 
-    def _loaded(self) -> tuple[ModelRunner, TorchDevice]:
+    def _lora(self) -> LoraLayers:
+        if self._adapters is None:
+            raise ContractViolation(f"{self.name}: load() has declared no room for adapters")
+        return self._adapters
+
+    def _loaded(self) -> tuple[Runner, TorchDevice]:
         if self._runner is None or self._device is None:
             raise ContractViolation(f"{self.name}: load() must come before kv_alloc(), prefill() and decode()")
         return self._runner, self._device

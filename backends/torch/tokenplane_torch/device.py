@@ -11,11 +11,15 @@ from tokenplane_core.backend.records import SAMPLING_FEATURES, Offer, SamplingCa
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+    from transformers import PreTrainedModel
+
+    from tokenplane_core.backend.records import ModelSpec
 
     from .executors import StepExecutor
     from .kernels import AttentionKernels, LayerNeed
     from .kv_cache import LayerCache, LayerShape
     from .readback import StepClock
+    from .runner import Runner
     from .sampler import Sampler
 
 
@@ -36,6 +40,7 @@ class TorchDevice(ABC):
     max_table_entries: int | None = None
     builds_kernels: bool = False  # ragged steps may meet a kernel that is not compiled yet
     tables_on_device: bool = False  # compiled steps look blocks up in a table that the device keeps
+    serves_adapters: bool = True  # LoRA, beside the linear layers of transformers' modules
     sampling = SamplingCaps(SAMPLING_FEATURES)
 
     @property
@@ -85,6 +90,16 @@ class TorchDevice(ABC):
         from .sampler import TorchSampler
 
         return TorchSampler(self)
+
+    def runner(self, module: PreTrainedModel, model: ModelSpec, policy: ShapePolicy, step_tokens: int) -> Runner:
+        """Who serves a loaded model, checked to compute what the model computes by itself.
+
+        Raises:
+            UnsupportedModel, OutOfMemory: nobody can.
+        """
+        from .runner import checked_runner
+
+        return checked_runner(module, model, self, policy, step_tokens)
 
     def fuse(self, module: torch.nn.Module) -> Mapping[str, str]:
         """Replace parts of a loaded model by fused ones that compute the same; which and why, for the kernels' list."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,20 @@ from transformers import PreTrainedModel
 
 from .attention import Step
 
+if TYPE_CHECKING:
+    from .lora import LoraLayers
+
 MOST_SCORED_TOKENS = 64
 """Logits of so many tokens are held at a time where only log-probabilities are wanted: a whole prompt's could be
 gigabytes."""
 
 
 class DecoderModule:
+    """`adapters`: those of its layers that LoRA adapters reach, if there is room for adapters."""
+
     def __init__(self, module: PreTrainedModel) -> None:
         self.module = module
+        self.adapters: LoraLayers | None = None
         self._keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
 
     def logits(self, token_ids: Tensor, positions: Tensor, wanted: Tensor, step: Step) -> Tensor:
@@ -29,6 +35,8 @@ class DecoderModule:
         Shapes:
             token_ids i64 [t], positions i64 [t], wanted i64 [s] indices into the former.
         """
+        if self.adapters is not None:
+            self.adapters.now = getattr(step, "adapters", None)
         arguments = {"logits_to_keep": wanted} if self._keeps_logits else {}
         out = self.module(
             input_ids=token_ids[None],

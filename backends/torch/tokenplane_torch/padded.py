@@ -36,6 +36,7 @@ class StepShape:
     row_tokens: int  # no row has more new tokens
     blocks: int  # width of the tables
     total_blocks: int = 0  # all rows together have no more blocks; 0: nobody counts
+    adapted: bool = False  # some row has a LoRA adapter
     fresh: bool = False  # an executor's variant: no row has anything in the cache before the step
 
 
@@ -45,7 +46,8 @@ class PaddedStep:
 
     token_ids [t] (TOKEN_ON_DEVICE: look it up), token_slots [t], positions [t], write_index [t] where K and V go in
     the cache seen as one row per token; slots [r], first_tokens [r], num_tokens [r], context_lens [r],
-    last_tokens [r] the token after which a row is sampled; tables [r, blocks] unless the device keeps them.
+    last_tokens [r] the token after which a row is sampled; tables [r, blocks] unless the device keeps them;
+    token_adapters [t] if the shape is adapted.
     """
 
     shape: StepShape
@@ -94,6 +96,8 @@ def pad_batch(batch: PrefillBatch | DecodeBatch, shape: StepShape, slots: SlotSt
     }
     if slots.device_blocks is None:
         inputs["tables"] = tables
+    if shape.adapted:
+        inputs["token_adapters"] = _scattered(tokens, at, slots.adapters[batch.slots[row_of_token]], 0)
     return PaddedStep(shape, {name: np.ascontiguousarray(array, np.int32) for name, array in inputs.items()})
 
 
@@ -116,6 +120,8 @@ def empty_batch(shape: StepShape, slots: SlotState) -> PaddedStep:
     }
     if slots.device_blocks is None:
         inputs["tables"] = np.full((rows, shape.blocks), PAD_BLOCK, np.int32)
+    if shape.adapted:
+        inputs["token_adapters"] = zeros
     return PaddedStep(shape, inputs)
 
 
@@ -155,7 +161,9 @@ class StepProgram:
             decode=rows if shape.phase == "decode" else None,
             prefill=rows if shape.phase == "prefill" else None,
         )
-        step = PagedStep(plan, self._layers, self._kernels)
+        adapters = self._module.adapters
+        adapted = adapters.masked(inputs["token_adapters"]) if adapters is not None and shape.adapted else None
+        step = PagedStep(plan, self._layers, self._kernels, adapted)
         return self._module.logits(token_ids, plan.positions, plan.logits_index, step)
 
     def _tables(self, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -7,12 +7,15 @@ model was loaded.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tokenplane_core.backend.records import (
     I32,
@@ -20,6 +23,7 @@ from tokenplane_core.backend.records import (
     Bucket,
     DecodeBatch,
     KVLayout,
+    ModelSpec,
     PrefillBatch,
     SamplingBatch,
     ShapePolicy,
@@ -27,9 +31,12 @@ from tokenplane_core.backend.records import (
     StepOutput,
 )
 
+from .checks import check_model
 from .device import TorchDevice, powers_of_two
 from .kernels import AttentionKernels
 from .kv_cache import LayerCache, LayerShape
+from .loader import weights_bytes
+from .lora import AdaptedStep
 from .module import DecoderModule
 from .padded import StepProgram, StepShape, empty_batch, pad_batch, step_shape
 from .readback import StepClock, TorchStep
@@ -38,6 +45,49 @@ from .slots import SlotState
 from .step import PagedStep, plan_step
 
 Batch = PrefillBatch | DecodeBatch
+
+
+class Runner(Protocol):
+    """One loaded model as the hooks see it. Steps are as in the contract."""
+
+    def describe(self) -> Mapping[str, str]:
+        """Which implementation each piece has, and why: Capabilities.kernels."""
+        ...
+
+    def weights_bytes(self) -> int: ...
+
+    def block_bytes(self) -> int:
+        """Memory of one block of the cache over all layers."""
+        ...
+
+    def allocate(self, layout: KVLayout) -> None:
+        """Replace the cache and forget all slots. Raises what torch raises when memory is short; then there is none."""
+        ...
+
+    def drop_cache(self) -> None: ...
+
+    def warmup(self) -> int:
+        """Compile or capture every bucket; how many shapes that were."""
+        ...
+
+    def prefill(self, batch: PrefillBatch, sampling: SamplingBatch) -> StepHandle: ...
+
+    def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle: ...
+
+
+def checked_runner(
+    module: PreTrainedModel, model: ModelSpec, device: TorchDevice, policy: ShapePolicy, step_tokens: int
+) -> ModelRunner:
+    """The runner of a loaded transformers module, which computes as it stands but for its attention.
+
+    Raises:
+        UnsupportedModel, OutOfMemory: as `check_model`.
+    """
+    fused = device.fuse(module)
+    needs, kernels = check_model(module, model, device)
+    shapes = [need.shape for need in needs]
+    decoder = DecoderModule(module)
+    return ModelRunner(decoder, model.max_model_tokens, shapes, kernels, device, policy, step_tokens, fused)
 
 
 class ModelRunner:
@@ -52,6 +102,7 @@ class ModelRunner:
         device: TorchDevice,
         policy: ShapePolicy,
         step_tokens: int,
+        fused: Mapping[str, str],
     ) -> None:
         self.module, self.layer_shapes, self.kernels, self.device = module, layer_shapes, kernels, device
         self.layers: list[LayerCache] = []
@@ -59,9 +110,19 @@ class ModelRunner:
         self.step_tokens = step_tokens
         self.max_model_tokens = max_model_tokens
         self.sampler = device.sampler()
+        self._fused = fused
+
+    def describe(self) -> Mapping[str, str]:
+        adapters = {"adapters": self.module.adapters.describe()} if self.module.adapters is not None else {}
+        return {**self.kernels.describe(), **self._fused, **adapters, "sampling": self.sampler.describe()}
+
+    def weights_bytes(self) -> int:
+        return weights_bytes(self.module.module)
+
+    def block_bytes(self) -> int:
+        return self.device.block_bytes(self.layer_shapes)
 
     def allocate(self, layout: KVLayout) -> None:
-        """Replace the cache and forget all slots. Raises what torch raises when memory is short; then there is none."""
         self.drop_cache()
         self.layers = self.device.allocate(self.layer_shapes, layout.num_blocks)
         self._layout = layout
@@ -76,11 +137,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warmup(self) -> int:
-        """Compile or capture every bucket; how many shapes that were."""
         before = self._executor.compiled
         # The largest first: graphs that share a memory pool then fit into what it took.
         for bucket in sorted(self.policy.buckets, key=lambda b: (-b.tokens, -b.rows)):
-            self.warm(bucket)
+            for adapted in self.variants:
+                self.warm(bucket, adapted)
         if self.device.builds_kernels:
             self._warm_ragged()
         return self._executor.compiled - before
@@ -97,23 +158,31 @@ class ModelRunner:
         self.sampler.warm(logits)
         self.device.clock().read_back([logits]).arrays()
 
+    @property
+    def variants(self) -> tuple[bool, ...]:
+        """A bucket is compiled or captured for steps with rows that have adapters, and for others."""
+        return (False,) if self.module.adapters is None else (True, False)
+
     def try_step(self, layers: list[LayerCache], new: list[int], context: int) -> Tensor:
         """Compute rows of `new[i]` tokens behind `context`, all in the padding block; logits [rows, vocab].
 
-        What is computed means nothing, what it takes does.
+        What is computed means nothing, what it takes does: where there is room for adapters, every row has one.
         """
         size, rows = self.device.block_tokens, len(new)
         blocks = np.full((rows, -(-(context + max(new)) // size)), PAD_BLOCK, np.int32)
         lengths = (np.array(new, np.int32), np.full(rows, context, np.int32))
         token_ids = np.zeros(sum(new), np.int32)
         plan = plan_step(token_ids, *lengths, blocks, np.ones(rows, np.bool_), size, self.device.upload)
-        step = PagedStep(plan, layers, self.kernels)
+        adapters = self.module.adapters
+        adapted = adapters.fullest(lengths[0], self.device.upload) if adapters is not None else None
+        step = PagedStep(plan, layers, self.kernels, adapted)
         return self.module.logits(plan.token_ids.long(), plan.positions, plan.logits_index, step)
 
     @torch.inference_mode()
-    def warm(self, bucket: Bucket) -> None:
+    def warm(self, bucket: Bucket, adapted: bool = False) -> None:
         """Compile or capture one bucket, with a batch of nothing but padding."""
-        logits = self._executor.run(self._program, empty_batch(self._shape(bucket), self._slots))
+        shape = replace(self._shape(bucket), adapted=adapted)
+        logits = self._executor.run(self._program, empty_batch(shape, self._slots))
         nobody = np.zeros(0, np.int32)
         for drawn in self.sampler.warm(logits):
             clock = self.device.clock()  # first, as in a step: a lazy device compiles what lies between two launches
@@ -172,7 +241,7 @@ class ModelRunner:
             self.device.upload,
         )
         resolved = self._slots.enter(self.device.upload(np.repeat(slots, new)), plan.positions, plan.token_ids)
-        step = PagedStep(plan, self.layers, self.kernels)
+        step = PagedStep(plan, self.layers, self.kernels, self._grouped(self._slots.adapters[slots], new))
         arguments = (resolved, plan.positions, plan.logits_index, step)
         logits, scores = (
             (self.module.logits(*arguments), None)
@@ -191,6 +260,13 @@ class ModelRunner:
             scores,
         )
 
+    def _grouped(self, adapters: I32, new: I32) -> AdaptedStep | None:
+        """How the packed tokens of rows, `new[i]` of row i, find the adapters of the rows."""
+        layers = self.module.adapters
+        if layers is None or not adapters.any():
+            return None
+        return layers.grouped(np.repeat(adapters, new), self.device.upload)
+
     def _scored(self, following: I32) -> tuple[Tensor, Tensor]:
         after = np.flatnonzero(following >= 0)
         return self.device.upload(after), self.device.upload(following[after].astype(np.int64))
@@ -199,7 +275,9 @@ class ModelRunner:
         self, batch: Batch, sampled: NDArray[np.int64], sampling: SamplingBatch, clock: StepClock
     ) -> StepHandle:
         assert batch.bucket is not None
-        step = pad_batch(batch, self._shape(batch.bucket), self._slots, self._layout.block_tokens)
+        adapted = bool(self._slots.adapters[batch.slots[: batch.num_rows]].any())
+        shape = replace(self._shape(batch.bucket), adapted=adapted)
+        step = pad_batch(batch, shape, self._slots, self._layout.block_tokens)
         compiled_before = self._executor.compiled
         logits = self._executor.run(self._program, step)
         lengths = (batch.context_lens + step.inputs["num_tokens"])[sampled]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenplane_core.backend.records import Bool, SamplingBatch
+from tokenplane_core.backend.records import U32, Bool, SamplingBatch
 from tokenplane_core.backend.sampling import uniforms
 
 from .device import TorchDevice
@@ -190,13 +190,27 @@ def masked(logits: Tensor, batch: SamplingBatch, upload: Upload) -> Tensor:
     """Step 0: [n, vocab] logits with -inf for what the masks forbid, in a new tensor if there are masks."""
     if batch.mask is None:
         return logits
-    words = upload(batch.mask.words().view(np.int32))  # torch has few operations for u32; the bits are the same
-    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
-    allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
-    if len(allowed) == len(logits):
-        return logits.masked_fill(~allowed, -torch.inf)
+    words, vocab = ~batch.mask.words(), logits.shape[1]
+    if logits.is_cpu:
+        forbidden = unpacked_on_host(words, vocab)
+    else:  # the words are the smaller upload
+        forbidden = unpacked_on_device(upload(words.view(np.int32)), vocab)
+    if len(forbidden) == len(logits):
+        return logits.masked_fill(forbidden, -torch.inf)
     rows = upload(batch.mask.rows.astype(np.int64))
-    return logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
+    return logits.index_copy(0, rows, logits[rows].masked_fill(forbidden, -torch.inf))
+
+
+def unpacked_on_host(words: U32, vocab: int) -> Tensor:
+    """bool [m, vocab] from u32 [m, ceil(vocab / 32)], in a tenth of the time that torch takes there."""
+    bits = np.unpackbits(words.view(np.uint8), axis=1, count=vocab, bitorder="little")
+    return torch.from_numpy(bits).view(torch.bool)
+
+
+def unpacked_on_device(words: Tensor, vocab: int) -> Tensor:
+    """The same from i32 words on a device: torch has few operations for u32, and the bits are the same."""
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    return bits.flatten(1)[:, :vocab].bool()
 
 
 def _adjust(raw: Tensor, batch: SamplingBatch, histories: Histories | None, upload: Upload) -> Tensor:

@@ -35,8 +35,8 @@ class Histories:
 
 
 class SlotState:
-    """Per slot: block table i32 [slots + 1, blocks] and prompt length i32 [slots + 1] on the host, token ids
-    i32 [slots + 1, tokens] on the device. The last row belongs to the padding slot.
+    """Per slot: block table i32 [slots + 1, blocks], prompt length and adapter index i32 [slots + 1] on the host, token
+    ids i32 [slots + 1, tokens] on the device. The last row belongs to the padding slot.
     """
 
     def __init__(self, layout: KVLayout, max_model_tokens: int, device: TorchDevice) -> None:
@@ -46,6 +46,7 @@ class SlotState:
         self.pad_slot = layout.pad_slot
         self.blocks = np.full((slots, layout.max_blocks_per_sequence), PAD_BLOCK, np.int32)
         self.num_prompt_tokens = np.zeros(slots, np.int32)
+        self.adapters = np.zeros(slots, np.int32)
         self.tokens = torch.zeros((slots, max_model_tokens + 1), dtype=torch.int32, device=device.torch_device)
         self.device_blocks = device.upload(self.blocks.copy()) if device.tables_on_device else None
 
@@ -60,6 +61,7 @@ class SlotState:
         for opened in head.opened:
             self.blocks[opened.slot] = PAD_BLOCK
             self.num_prompt_tokens[opened.slot] = opened.num_prompt_tokens
+            self.adapters[opened.slot] = opened.adapter
             if self._keeps_histories and len(opened.cached_token_ids):
                 known = self._device.upload(opened.cached_token_ids)
                 self.tokens[opened.slot, : len(opened.cached_token_ids)] = known

@@ -13,6 +13,7 @@ import torch
 from tokenplane_core.backend.errors import ContractViolation, OutOfMemory
 from tokenplane_core.backend.records import (
     PAD_BLOCK,
+    AdapterLimits,
     Bucket,
     KVLayout,
     KVSpec,
@@ -23,11 +24,10 @@ from tokenplane_core.backend.records import (
     ShapePolicy,
 )
 
-from .checks import check_model
 from .device import TorchDevice
-from .loader import first_line, is_out_of_memory, load_model, weights_bytes
-from .module import DecoderModule
-from .runner import ModelRunner
+from .loader import first_line, is_out_of_memory, load_model
+from .lora import LoraLayers
+from .runner import ModelRunner, Runner, checked_runner
 from .sampler import neutral_batch
 from .slots import SlotState
 
@@ -36,13 +36,14 @@ from .slots import SlotState
 class Loaded:
     """A loaded model and the facts about it that go into its Capabilities."""
 
-    runner: ModelRunner
+    runner: Runner
     limits: Limits
     kv: KVSpec
     shapes: ShapePolicy
     weights_bytes: int
     reserved_bytes: Mapping[str, int]
     kernels: Mapping[str, str]
+    adapters: LoraLayers | None
 
 
 def load_runner(model: ModelSpec, device: TorchDevice, options: LoadOptions) -> Loaded:
@@ -61,18 +62,31 @@ def load_runner(model: ModelSpec, device: TorchDevice, options: LoadOptions) -> 
         rows = [rows for rows in options.graph_rows if rows <= sequences]
         policy = replace(policy, buckets=tuple(Bucket("decode", n, n) for n in rows)) if rows else ShapePolicy()
     module = load_model(model, device)
-    fused = device.fuse(module)
-    needs, kernels = check_model(module, model, device)
-    shapes = [need.shape for need in needs]
-    runner = ModelRunner(DecoderModule(module), model.max_model_tokens, shapes, kernels, device, policy, step_tokens)
-    graphs, graph_bytes = _try_capture(runner) if policy.mode == "soft" else ("", 0)
+    adapters: LoraLayers | None = None
+    if options.max_adapters and device.serves_adapters:
+        # Adapters reach the modules of transformers: a device's own way to run the model would pass them by.
+        runner: Runner = (checked := checked_runner(module, model, device, policy, step_tokens))
+        limits = AdapterLimits(options.max_adapters, options.max_adapter_rank)
+        with _as_out_of_memory(f"no memory left for {limits.max_adapters} adapters of rank {limits.max_rank}"):
+            adapters = checked.module.adapters = LoraLayers(module, limits)
+    else:
+        runner = device.runner(module, model, policy, step_tokens)
+    del module
+    kernels = dict(runner.describe())
+    graph_bytes = workspace_bytes = 0
     gc.collect()  # what loading left behind would count as taken
+    if isinstance(runner, ModelRunner):
+        if policy.mode == "soft":
+            kernels["graphs"], graph_bytes = _try_capture(runner)
+            policy = runner.policy
+        workspace_bytes = _measured_workspace(runner, step_tokens, sequences)
     reserved = {
         "slots": SlotState.size_bytes(sequences, model.max_model_tokens, device.block_tokens),
-        "workspace": _measured_workspace(runner, step_tokens, sequences),
+        "workspace": workspace_bytes,
         "graphs": graph_bytes,
         "headroom": device.headroom_bytes(),
     }
+    held = adapters.num_bytes if adapters is not None else 0  # taken already, so not of what is free
     return Loaded(
         runner=runner,
         limits=Limits(
@@ -85,18 +99,14 @@ def load_runner(model: ModelSpec, device: TorchDevice, options: LoadOptions) -> 
         kv=KVSpec(
             kind="paged",
             block_tokens=device.block_tokens,
-            block_bytes=device.block_bytes(shapes),
+            block_bytes=runner.block_bytes(),
             budget_bytes=max(0, device.free_bytes() - sum(reserved.values())),
         ),
-        shapes=runner.policy,
-        weights_bytes=weights_bytes(module),
-        reserved_bytes={piece: size for piece, size in reserved.items() if size},
-        kernels={
-            **kernels.describe(),
-            **fused,
-            **({"graphs": graphs} if graphs else {}),
-            "sampling": runner.sampler.describe(),
-        },
+        shapes=policy,
+        weights_bytes=runner.weights_bytes(),
+        reserved_bytes={piece: size for piece, size in {**reserved, "adapters": held}.items() if size},
+        adapters=adapters,
+        kernels=kernels,
     )
 
 
@@ -117,7 +127,8 @@ def _try_capture(runner: ModelRunner) -> tuple[str, int]:
         runner.allocate(KVLayout(PAD_BLOCK + 1, device.block_tokens, largest.rows, blocks))
         device.peak_bytes()  # what torch keeps from loading would hide, and slots be counted twice
         before = device.taken_bytes()
-        runner.warm(largest)
+        for adapted in runner.variants:
+            runner.warm(largest, adapted)
         after = device.taken_bytes()
     except Exception as error:
         if is_out_of_memory(error):
@@ -126,11 +137,11 @@ def _try_capture(runner: ModelRunner) -> tuple[str, int]:
         return f"none, this model cannot be captured: {first_line(error)}", 0
     finally:
         runner.drop_cache()
-    taken = GRAPH_BYTES * (len(buckets) - 1) + max(0, (after or 0) - (before or 0))
+    taken = GRAPH_BYTES * (len(buckets) - 1) * len(runner.variants) + max(0, (after or 0) - (before or 0))
     return f"decode, {len(buckets)} batch sizes up to {largest.rows}", taken
 
 
-def allocate_cache(runner: ModelRunner, device: TorchDevice, layout: KVLayout) -> None:
+def allocate_cache(runner: Runner, device: TorchDevice, layout: KVLayout) -> None:
     """Allocate the cache, dropping an earlier one first.
 
     Raises:
@@ -139,14 +150,14 @@ def allocate_cache(runner: ModelRunner, device: TorchDevice, layout: KVLayout) -
     if layout.block_tokens != device.block_tokens:
         raise ContractViolation(f"KVLayout.block_tokens is {layout.block_tokens}, declared was {device.block_tokens}")
     runner.drop_cache()
-    wanted, free = layout.num_blocks * device.block_bytes(runner.layer_shapes), device.free_bytes()
+    wanted, free = layout.num_blocks * runner.block_bytes(), device.free_bytes()
     if wanted > free:
         raise OutOfMemory(f"a KV cache of {layout.num_blocks} blocks needs {wanted} bytes, {free} are free")
     with _as_out_of_memory(f"a KV cache of {wanted} bytes does not fit"):
         runner.allocate(layout)
 
 
-def warm_up(runner: ModelRunner) -> int:
+def warm_up(runner: Runner) -> int:
     """Compile or capture every bucket; how many shapes that were.
 
     Raises:

@@ -21,6 +21,7 @@ from .kv_cache import LayerCache
 
 if TYPE_CHECKING:
     from .kernels import AttentionKernels
+    from .lora import AdaptedStep
 
 T = TypeVar("T")
 Upload = Callable[[NDArray[Any]], Tensor]
@@ -137,8 +138,14 @@ def plan_step(
 class PagedStep:
     """The step that the attention function reads in service: writes K and V, then attends through the tables."""
 
-    def __init__(self, plan: StepPlan, layers: list[LayerCache], kernels: AttentionKernels) -> None:
-        self.plan, self.layers, self.kernels = plan, layers, kernels
+    def __init__(
+        self,
+        plan: StepPlan,
+        layers: list[LayerCache],
+        kernels: AttentionKernels,
+        adapters: AdaptedStep | None = None,
+    ) -> None:
+        self.plan, self.layers, self.kernels, self.adapters = plan, layers, kernels, adapters
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, mask: object

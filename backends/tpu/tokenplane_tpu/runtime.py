@@ -69,6 +69,7 @@ class XlaDevice(TorchDevice):
     """Steps of fixed shapes: decode rows, and packed tokens of prompts and decode rows together."""
 
     async_depth = 1
+    serves_adapters = False
     sampling = STATIC_SAMPLING
     lanes: int  # heads in the cache are padded to multiples of this
     fewest_rows = 8

@@ -6,6 +6,7 @@ TokenplaneError
 │   ├── BackendUnavailable       installed, but detect() says absent or broken; carries the reason
 │   ├── ContractViolation        the plugin broke the contract (hook missing, wrong version, wrong output)
 │   ├── UnsupportedModel         load(): this backend cannot run this model, and why
+│   ├── UnsupportedAdapter       adapter_load(): this LoRA adapter does not fit the model, and why; all else serves on
 │   ├── OutOfMemory              load() or kv_alloc(): does not fit; the plugin object may be closed and dropped
 │   └── DeviceLost               during a step: device state unknown, the engine process must be replaced
 ├── ConfigError                  an option is out of range or contradicts another; names option, value and limit
@@ -41,6 +42,10 @@ class ContractViolation(BackendError):
 
 
 class UnsupportedModel(BackendError):
+    pass
+
+
+class UnsupportedAdapter(BackendError):
     pass
 
 

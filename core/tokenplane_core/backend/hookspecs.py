@@ -21,6 +21,7 @@ from __future__ import annotations
 import pluggy
 
 from .records import (
+    AdapterSpec,
     Capabilities,
     DecodeBatch,
     DetectReport,
@@ -85,6 +86,24 @@ class BackendHooks:
         """Optional, after kv_alloc: compile or capture every bucket; return how many.
 
         Required when shapes.mode is "hard": afterwards no step may compile (StepOutput.compiled stays 0).
+        """
+
+    @hookspec(firstresult=True)
+    def adapter_load(self, index: int, adapter: AdapterSpec) -> bool:  # type: ignore[empty-body]
+        """Load a LoRA adapter under a free index, 1 to AdapterLimits.max_adapters; return True.
+
+        Required, with adapter_drop, when Capabilities.adapters is not None. Called between steps, none of them in
+        flight, at any time after kv_alloc. Slots opened with the index from now on are computed with it.
+
+        Raises:
+            UnsupportedAdapter: with a sentence a user understands; the index stays free, nothing else is touched.
+        """
+
+    @hookspec(firstresult=True)
+    def adapter_drop(self, index: int) -> bool:  # type: ignore[empty-body]
+        """Forget the adapter of an index; return True. Called between steps, as adapter_load.
+
+        No step to come has a row of a slot that was opened with it.
         """
 
     @hookspec(firstresult=True)

@@ -25,9 +25,11 @@ from .errors import BackendNotFound, BackendUnavailable, ContractViolation
 from .hookspecs import REQUIRED_HOOKS, BackendHooks
 from .records import (
     CONTRACT_VERSION,
+    AdapterSpec,
     Capabilities,
     DecodeBatch,
     DetectReport,
+    Device,
     KVLayout,
     LoadOptions,
     ModelSpec,
@@ -173,6 +175,7 @@ class Backend:
                 f"backend {name} does not implement {', '.join(missing)} (is @hookimpl on the method?)"
             )
         self.has_warmup = "warmup" in own
+        self._has_adapters = {"adapter_load", "adapter_drop"} <= own
         self._has_close = "close" in own
         self._hook: Any = manager.hook
 
@@ -184,7 +187,20 @@ class Backend:
         _check_contract_version(self.name, capabilities.contract)
         if capabilities.shapes.mode == "hard" and not self.has_warmup:
             raise ContractViolation(f"backend {self.name} declares hard shapes but implements no warmup")
+        self._require_offered("weights", model.quantize, "quantizes", capabilities.device)
+        self._require_offered("KV cache", model.kv_dtype, "kv_dtypes", capabilities.device)
+        if capabilities.adapters is not None and not self._has_adapters:
+            raise ContractViolation(
+                f"backend {self.name} declares adapters but does not implement adapter_load and adapter_drop"
+            )
         return capabilities
+
+    def _require_offered(self, what: str, wish: str | None, field: str, device: Device) -> None:
+        if wish is not None and wish not in getattr(device.offer, field):
+            raise ContractViolation(
+                f"backend {self.name} loaded a model whose {what} was to become {wish}, which its device {device.name}"
+                f" does not offer (Offer.{field}); it must refuse such a model"
+            )
 
     def kv_alloc(self, layout: KVLayout) -> None:
         self._expect(self._hook.kv_alloc(layout=layout), bool, "kv_alloc")
@@ -199,6 +215,13 @@ class Backend:
 
     def warmup(self) -> int:
         return self._expect(self._hook.warmup(), int, "warmup") if self.has_warmup else 0
+
+    def adapter_load(self, index: int, adapter: AdapterSpec) -> None:
+        """Raises UnsupportedAdapter; the index is then still free."""
+        self._expect(self._hook.adapter_load(index=index, adapter=adapter), bool, "adapter_load")
+
+    def adapter_drop(self, index: int) -> None:
+        self._expect(self._hook.adapter_drop(index=index), bool, "adapter_drop")
 
     def close(self) -> None:
         if self._has_close:

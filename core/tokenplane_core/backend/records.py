@@ -57,6 +57,8 @@ class Offer:
     max_step_tokens: int = 2048
     headroom_bytes: int = 0  # kept free for the driver, libraries, the allocator's slack
     decode_graphs: int | None = 0  # decode steps captured as graphs; None: compiled programs of unknown size
+    quantizes: tuple[str, ...] = ()  # values of ModelSpec.quantize it knows
+    kv_dtypes: tuple[str, ...] = ()  # values of ModelSpec.kv_dtype it knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,26 @@ class ModelSpec:
     max_model_tokens: int  # longest sequence (prompt + output) this deployment serves
     dtype: str  # float32 bfloat16 float16
     trust_remote_code: bool = False
+    # Linear weights are quantized while they load, to "int8" or "int4"; None: they stay as they are stored. Only what
+    # Offer.quantizes names.
+    quantize: str | None = None
+    # The KV cache is kept in "int8", with a scale for each token and head; None: in `dtype`. Only what Offer.kv_dtypes
+    # names.
+    kv_dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """A LoRA adapter on local disk, as the peft library writes one.
+
+    `config` is its adapter_config.json. The core has looked at it: plain LoRA of linear layers, of a rank within
+    AdapterLimits.max_rank. What the file of weights holds, nobody has seen yet.
+    """
+
+    name: str  # what requests call it
+    path: str  # folder with adapter_config.json and adapter_model.safetensors
+    rank: int  # the largest of its layers
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +150,8 @@ class LoadOptions:
     max_step_tokens: int | None = None  # the user's wish for Limits.max_step_tokens; a plugin may offer less
     max_sequences: int | None = None  # the user's wish for Limits.max_sequences; a plugin may offer less
     graph_rows: tuple[int, ...] | None = None  # the user's wish for the rows of "soft" decode buckets; (): capture none
+    max_adapters: int = 0  # LoRA adapters to make room for; 0: there will be none, and the model stays as it is
+    max_adapter_rank: int = 0  # of the largest of them
 
 
 # --- What the loaded model can do: Capabilities -------------------------------------------------------------
@@ -219,6 +243,14 @@ class SamplingCaps:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """How many LoRA adapters there is room for. Their indices are 1 to max_adapters."""
+
+    max_adapters: int
+    max_rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """The facts about a loaded model on a device. `load` returns it once; it never changes afterwards."""
 
@@ -237,6 +269,7 @@ class Capabilities:
     reserved_bytes: Mapping[str, int] = field(default_factory=dict)  # set aside besides weights and cache, by piece
     kernels: Mapping[str, str] = field(default_factory=dict)  # piece -> which implementation and why
     prompt_logprobs: bool = False  # False: PrefillBatch.next_token_ids never comes, who asks is refused at the door
+    adapters: AdapterLimits | None = None  # None: no adapter_load comes, and SlotOpen.adapter is always 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +304,7 @@ class SlotOpen:
     slot: int
     num_prompt_tokens: int  # tokens from this position on count as generated
     cached_token_ids: I32  # i32 [cached] tokens already in the blocks of its table: a prefix hit
+    adapter: int = 0  # index of the LoRA adapter that all its tokens are computed with; 0: none
 
 
 @dataclass(frozen=True, slots=True)

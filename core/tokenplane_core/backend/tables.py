@@ -13,7 +13,8 @@ from .sampling import History
 
 
 class SlotTables:
-    """Per slot: block table i32 [slots + 1, blocks], token ids i32 [slots + 1, tokens], prompt length i32 [slots + 1].
+    """Per slot: block table i32 [slots + 1, blocks], token ids i32 [slots + 1, tokens], prompt length and adapter index
+    i32 [slots + 1].
 
     The last row belongs to the padding slot.
     """
@@ -23,6 +24,7 @@ class SlotTables:
         self.blocks = np.full((slots, layout.max_blocks_per_sequence), PAD_BLOCK, np.int32)
         self.token_ids = np.zeros((slots, max_model_tokens + 1), np.int32)
         self.num_prompt_tokens = np.zeros(slots, np.int32)
+        self.adapters = np.zeros(slots, np.int32)
 
     def apply(self, head: StepHead) -> None:
         """Apply a step head: closed slots, opened slots, table deltas."""
@@ -30,6 +32,7 @@ class SlotTables:
         for opened in head.opened:
             self.blocks[opened.slot] = PAD_BLOCK
             self.num_prompt_tokens[opened.slot] = opened.num_prompt_tokens
+            self.adapters[opened.slot] = opened.adapter
             self.token_ids[opened.slot, : len(opened.cached_token_ids)] = opened.cached_token_ids
         self.blocks[head.table_slots, head.table_positions] = head.table_blocks
 

@@ -69,7 +69,7 @@ class Batcher:
         self._step = 0
         self._closed: list[int] = []
         slots = layout.num_slots
-        self._floats = {name: np.full(slots, neutral, np.float32) for name, neutral in _FLOAT_FEATURES}
+        self._floats = np.zeros((len(_FLOAT_FEATURES), slots), np.float32)
         self._top_k = np.zeros(slots, np.int32)
         self._seeds = np.zeros(slots, np.uint64)
         self._num_logprobs = np.full(slots, -1, np.int32)
@@ -85,8 +85,14 @@ class Batcher:
     ) -> tuple[PrefillBatch | DecodeBatch, SamplingBatch]:
         """Records for a plan that the scheduler has just launched. mask: of its sampled rows (`guided_rows`)."""
         head = self._head(plan.rows)
-        batch = self._prefill(plan, head) if plan.phase == "prefill" else self._decode(plan, head)
-        return batch, self._sampling([row for row in plan.rows if row.sample], return_logits, mask)
+        if plan.phase == "prefill":
+            prompts = self._prefill(plan, head)
+            rows = [row for row in plan.rows if row.sample]
+            ends = (prompts.context_lens + prompts.num_new_tokens)[prompts.sample]
+            return prompts, self._sampling(rows, prompts.slots[prompts.sample], ends, return_logits, mask)
+        batch = self._decode(plan, head)
+        slots, ends = batch.slots[: batch.num_rows], batch.context_lens[: batch.num_rows] + 1
+        return batch, self._sampling(plan.rows, slots, ends, return_logits, mask)
 
     def _head(self, rows: Rows[Row]) -> StepHead:
         """Everything that changed since the last call."""
@@ -113,15 +119,14 @@ class Batcher:
 
     def _open(self, sequence: Sequence) -> SlotOpen:
         slot, params = sequence.slot, sequence.sampling
-        for name, values in self._floats.items():
-            values[slot] = getattr(params, name)
+        self._floats[:, slot] = [getattr(params, name) for name, _ in _FLOAT_FEATURES]
         self._top_k[slot] = params.top_k
         self._seeds[slot] = params.seed
         self._num_logprobs[slot] = params.num_logprobs
         self._processed[slot] = params.processed_logprobs
         self._features[slot] = features_of(params)
         cached = sequence.token_ids[: sequence.num_cached_tokens]
-        return SlotOpen(slot, sequence.num_prompt_tokens, np.array(cached, np.int32))
+        return SlotOpen(slot, sequence.num_prompt_tokens, np.array(cached, np.int32), sequence.adapter.index)
 
     def _prefill(self, plan: Plan, head: StepHead) -> PrefillBatch:
         num_rows = len(plan.rows)
@@ -137,7 +142,10 @@ class Batcher:
             if plan.bucket:
                 starts[-1] = plan.bucket.tokens  # the tail is padding behind the last row
         token_ids = np.zeros(starts[-1], np.int32)
-        for row, start in zip(plan.rows, starts, strict=False):
+        num_decoding = num_rows - plan.extent.prompts
+        prompts, prompt_starts = plan.rows[num_decoding:], starts[num_decoding:]
+        token_ids[starts[:num_decoding]] = _newest(plan.rows[:num_decoding])
+        for row, start in zip(prompts, prompt_starts.tolist(), strict=False):
             token_ids[start : start + row.num_tokens] = _tokens(row)
         return PrefillBatch(
             head=head,
@@ -149,7 +157,7 @@ class Batcher:
             token_ids=token_ids,
             sample=_padded([row.sample for row in plan.rows], rows).astype(np.bool_),
             bucket=plan.bucket,
-            next_token_ids=_next_token_ids(plan.rows, starts),
+            next_token_ids=_next_token_ids(prompts, prompt_starts),
         )
 
     def _decode(self, plan: Plan, head: StepHead) -> DecodeBatch:
@@ -158,7 +166,7 @@ class Batcher:
             head=head,
             num_rows=len(plan.rows),
             slots=self._slots(plan.rows, rows),
-            token_ids=_padded([_last_token(row) for row in plan.rows], rows),
+            token_ids=_padded(_newest(plan.rows), rows),
             context_lens=_padded([row.start_tokens for row in plan.rows], rows),
             bucket=plan.bucket,
         )
@@ -166,15 +174,19 @@ class Batcher:
     def _slots(self, rows: Rows[Row], length: int) -> I32:
         return _padded([row.sequence.slot for row in rows], length, self._layout.pad_slot)
 
-    def _sampling(self, rows: Rows[Row], return_logits: bool, mask: TokenMask | None) -> SamplingBatch:
-        slots = np.array([row.sequence.slot for row in rows], np.intp)
-        starts, ids, values = _biases(rows, self._features, self._vocab_size)
-        floats = {name: column[slots] for name, column in self._floats.items()}
+    def _sampling(
+        self, rows: Rows[Row], slots: I32, ends: I32, return_logits: bool, mask: TokenMask | None
+    ) -> SamplingBatch:
+        """How to draw for the sampled rows; slots, ends i32 [rows]: where they live, and the position drawn for."""
+        features = frozenset({"mask"} if mask else ()).union(*{self._features[slot] for slot in slots.tolist()})
+        biased = rows if "logit_bias" in features else ()
+        starts, ids, values = _biases(biased, len(rows), self._features, self._vocab_size)
+        floats = {name: row for (name, _), row in zip(_FLOAT_FEATURES, self._floats[:, slots], strict=True)}
         return SamplingBatch(
-            features=frozenset({"mask"} if mask else ()).union(*{self._features[slot] for slot in slots.tolist()}),
+            features=features,
             top_k=self._top_k[slots],
             seeds=self._seeds[slots],
-            positions=np.array([row.start_tokens + row.num_tokens for row in rows], np.int64),
+            positions=ends.astype(np.int64),
             bias_starts=starts,
             bias_ids=ids,
             bias_values=values,
@@ -211,6 +223,14 @@ def histories(rows: Rows[Row]) -> list[History]:
     ]
 
 
+def _newest(rows: Rows[Row]) -> list[int]:
+    """The one token that each decode row computes."""
+    return [
+        token_ids[row.start_tokens] if row.start_tokens < len(token_ids := row.sequence.token_ids) else TOKEN_ON_DEVICE
+        for row in rows
+    ]
+
+
 def _tokens(row: Row) -> I32:
     """The row's token ids; a last one that is still on the device is TOKEN_ON_DEVICE."""
     known = row.sequence.token_ids[row.start_tokens : row.start_tokens + row.num_tokens]
@@ -237,14 +257,14 @@ def _next_token_ids(rows: Rows[Row], row_starts: I32) -> I32 | None:
     return out
 
 
-def _last_token(row: Row) -> int:
-    token_ids = row.sequence.token_ids
-    return token_ids[row.start_tokens] if row.start_tokens < len(token_ids) else TOKEN_ON_DEVICE
+def _biases(
+    rows: Rows[Row], num_rows: int, features: Rows[frozenset[str]], vocab_size: int
+) -> tuple[I32, I32, np.ndarray]:
+    """bias_starts, bias_ids, bias_values: the client's logit bias, and stop tokens banned by min_new_tokens.
 
-
-def _biases(rows: Rows[Row], features: Rows[frozenset[str]], vocab_size: int) -> tuple[I32, I32, np.ndarray]:
-    """bias_starts, bias_ids, bias_values: the client's logit bias, and stop tokens banned by min_new_tokens."""
-    starts = np.zeros(len(rows) + 1, np.int32)
+    rows: all `num_rows` sampled rows, or none if nobody asks for a bias.
+    """
+    starts = np.zeros(num_rows + 1, np.int32)
     ids: list[int] = []
     values: list[float] = []
     for i, row in enumerate(rows):

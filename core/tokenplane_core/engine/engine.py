@@ -19,8 +19,20 @@ from ..backend.errors import ContractViolation
 from ..backend.plugins import Backend
 from ..backend.records import Capabilities, DecodeBatch, KVLayout, SamplingBatch, SamplingCaps, StepHandle, StepOutput
 from ..backend.sampling import sample
-from ..messages import Cancel, FinishReason, SamplingParams, Stats, Submit, ToEngine, TokenEvent
+from ..messages import (
+    AdapterLoaded,
+    Cancel,
+    FinishReason,
+    LoadAdapter,
+    SamplingParams,
+    Stats,
+    Submit,
+    ToEngine,
+    TokenEvent,
+    UnloadAdapter,
+)
 from ..validation import GREEDY_BELOW, no_prompt_logprobs, request_refusal
+from .adapters import REFUSALS, Adapters
 from .batching import Batcher, asked_of_sampler, guided_rows, histories, num_prompt_logprobs
 from .grammar import NO_MASKS, Grammars, Guide, PendingMasks, StepMasks
 from .grammar_check import GrammarError
@@ -37,6 +49,7 @@ COMPILE_POLL_S = 0.002
 Receive = Callable[[bool], Iterable[tuple[int, ToEngine]]]
 """Called with True when the engine is idle and may wait a while; yields (client, message)."""
 Publish = Callable[[int, list[TokenEvent]], None]
+Answer = Callable[[int, AdapterLoaded], None]
 
 
 @dataclass(slots=True)
@@ -76,6 +89,7 @@ class Engine:
         ageing_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
         grammars: Grammars | None = None,
+        answer: Answer = lambda client, answer: None,
     ) -> None:
         self.capabilities = capabilities
         self.layout = layout
@@ -83,12 +97,14 @@ class Engine:
         self._vocab_size = vocab_size
         self._receive = receive
         self._publish = publish
+        self._answer = answer
         self._ageing_s = ageing_s
         self._clock = clock
         paged = capabilities.kv.kind == "paged"
         self.pool = BlockPool(layout.num_blocks, layout.block_tokens, prefix_cache and paged)
         self._batcher = Batcher(layout, capabilities, vocab_size)
         self.scheduler = Scheduler(capabilities, self.pool, layout.num_slots, self._batcher.slot_left)
+        self._adapters = Adapters(backend, capabilities.adapters)
         self._grammars = grammars
         self._compiling: list[tuple[Sequence, Future[Guide]]] = []
         self._sequences: dict[tuple[int, str], Sequence] = {}
@@ -109,6 +125,8 @@ class Engine:
         """
         for client, message in self._receive(self.is_idle):
             self._take(client, message)
+        if self._adapters.leaving:
+            self._drop_adapters()
         if self._compiling:
             self._admit_compiled()
         launched = self._launch()
@@ -145,6 +163,7 @@ class Engine:
             blocks_total=self.pool.num_total,
             requests_preempted=self.scheduler.num_preemptions,
             device_s=self._device_s,
+            adapters_loaded=len(self._adapters),
             max_batch_tokens=sum(s.num_prompt_tokens + s.max_new_tokens for s in self.scheduler.running),
             inference=self._times.inference,
             forward=self._times.forward,
@@ -170,6 +189,12 @@ class Engine:
         if isinstance(message, Cancel):
             self._cancel(client, message.request_id)
             return
+        if isinstance(message, LoadAdapter):
+            self._load_adapter(client, message)
+            return
+        if isinstance(message, UnloadAdapter):
+            self._adapters.unload(message.number)
+            return
         refusal = self.refusal(message)
         if refusal is None and (client, message.request_id) in self._sequences:
             refusal = ("request_id", f"request_id {message.request_id!r} is already in use")
@@ -180,6 +205,7 @@ class Engine:
         if 0 < message.sampling.temperature < GREEDY_BELOW:
             message = replace(message, sampling=replace(message.sampling, temperature=0.0))
         sequence = Sequence(message, client, self._num_arrived, self._clock(), self._ageing_s)
+        sequence.adapter = self._adapters[message.adapter]
         sequence.samples_on_host = not samples_on_device(message, self.capabilities.sampling)
         self._sequences[client, message.request_id] = sequence
         if message.grammar is not None and self._grammars is not None:
@@ -187,6 +213,29 @@ class Engine:
             self._compiling.append((sequence, self._grammars.compile(message.grammar)))
         else:
             self.scheduler.add(sequence)
+
+    def _load_adapter(self, client: int, wanted: LoadAdapter) -> None:
+        self._drop_adapters()
+        self._drain()
+        error = ""
+        try:
+            self._adapters.load(wanted)
+        except REFUSALS as refusal:
+            log.warning("%s", refusal)
+            error = str(refusal)
+        self._answer(client, AdapterLoaded(wanted.number, error))
+
+    def _drop_adapters(self) -> None:
+        """Let go of the adapters that are leaving and that no sequence needs."""
+        in_use = {sequence.adapter for sequence in self._sequences.values()}
+        if not in_use.issuperset(self._adapters.leaving):
+            self._drain()
+            self._adapters.drop_unused(in_use)
+
+    def _drain(self) -> None:
+        """Read back every launched step."""
+        while self._in_flight:
+            self._collect()
 
     def _admit_compiled(self) -> None:
         """Let the sequences into the queue whose grammar has become ready; end those whose grammar is none."""
@@ -232,6 +281,9 @@ class Engine:
             return no_prompt_logprobs(self.capabilities.backend)
         if request.grammar is not None and self._grammars is None:
             return "grammar", "this engine was started without support for grammars; leave the option out"
+        refusal = self._adapters.refusal(request.adapter)
+        if refusal is not None:
+            return refusal
         caps = self.capabilities.sampling
         if not caps.returns_logits and not samples_on_device(request, caps):
             field = "sampling" if request.grammar is None else "grammar"
@@ -252,9 +304,10 @@ class Engine:
             return False
         on_host = any(row.sample and row.sequence.samples_on_host for row in plan.rows)
         launched_s = self._times.planned(plan, len(self.scheduler.running))
-        for row in plan.rows:
-            if row.sequence.queue_s is None:
-                self._started(row.sequence)
+        if plan.phase == "prefill":
+            for row in plan.rows:
+                if row.sequence.queue_s is None:
+                    self._started(row.sequence)
         masks = self._masks_of(plan)
         mask = masks.token_mask() if masks is not None else None
         batch, sampling = self._batcher.build(plan, return_logits=on_host, mask=mask)
@@ -308,11 +361,15 @@ class Engine:
         self._note(step, output)
         self._times.read_back(step.plan.phase, step.launched_s, output.device_s)
         _keep_prompt_logprobs(step.plan, output)
+        token_ids = output.token_ids.tolist()
         index = 0
         for row in step.plan.rows:
             if row.sample:
-                if row.sequence.state is not State.FINISHED and self._may_commit(row.sequence, index, masks):
-                    self._commit(row.sequence, output, index)
+                sequence = row.sequence
+                if sequence.state is not State.FINISHED and (
+                    sequence.guide is None or self._may_commit(sequence, token_ids[index], index, masks)
+                ):
+                    self._commit(sequence, token_ids[index], output, index)
                 index += 1
             self.scheduler.collected(row)
         self._times.committed()
@@ -331,8 +388,14 @@ class Engine:
             prompt_logprobs=output.prompt_logprobs,
         )
 
-    def _may_commit(self, sequence: Sequence, index: int, masks: StepMasks) -> bool:
-        """False, and the sequence is ended, if its grammar allowed nothing to be drawn for row `index`."""
+    def _may_commit(self, sequence: Sequence, token_id: int, index: int, masks: StepMasks) -> bool:
+        """False, and the sequence is ended, if its grammar does not allow what was drawn for row `index`, or anything.
+
+        Changes:
+            The guide has consumed the token, unless that ends the sequence.
+        """
+        guide = sequence.guide
+        assert guide is not None
         if index in masks.finished:
             self._count["requests_finished"] += 1
             self._events[sequence.client].append(
@@ -340,38 +403,31 @@ class Engine:
             )
             self._cancel(sequence.client, sequence.request_id)
         elif index in masks.stuck:
-            assert sequence.guide is not None
-            why = sequence.guide.error or "no token of the vocabulary leads on from here, or logit_bias bans them all"
+            why = guide.error or "no token of the vocabulary leads on from here, or logit_bias bans them all"
             self._fail(sequence, "grammar", f"the text cannot follow the grammar any further: {why}")
-        return sequence.state is not State.FINISHED
-
-    def _commit(self, sequence: Sequence, output: StepOutput, index: int) -> None:
-        """Append the token drawn for a live sequence, decide whether it ends, tell the client."""
-        token_id = int(output.token_ids[index])
-        guide = sequence.guide if token_id not in sequence.stop_token_ids else None
-        if guide is not None and not guide.consume(token_id):
+        elif token_id not in sequence.stop_token_ids and not guide.consume(token_id):
             why = guide.error or f"{self.capabilities.backend} drew the token {token_id}"
             self._fail(sequence, "", f"a token outside the grammar was drawn: {why}")
-            return
+        return sequence.state is not State.FINISHED
+
+    def _commit(self, sequence: Sequence, token_id: int, output: StepOutput, index: int) -> None:
+        """Append the token drawn for a live sequence, decide whether it ends, tell the client."""
         sequence.token_ids.append(token_id)
-        sequence.num_in_flight -= 1
         self._count["generated_tokens"] += 1
-        reason = _finish_reason(sequence, token_id)
-        logprobs, top = _logprobs(sequence.sampling, output, index)
-        first = sequence.num_generated_tokens == 1
-        self._events[sequence.client].append(
-            TokenEvent(
-                sequence.request_id,
-                [token_id],
-                logprobs,
-                top,
-                reason,
-                queue_s=sequence.queue_s if first else None,
-                num_cached_tokens=sequence.num_cached_tokens if first else 0,
-                prompt_logprobs=sequence.prompt_logprobs,
-            )
-        )
-        sequence.prompt_logprobs = None  # told; should it be preempted, the prefix cache may serve it
+        num_generated = len(sequence.token_ids) - sequence.num_prompt_tokens
+        reason: FinishReason | None = "length" if num_generated >= sequence.max_new_tokens else None
+        if token_id in sequence.stop_token_ids:
+            reason = "stop_token"
+        logprobs = top = None
+        if sequence.sampling.num_logprobs >= 0:
+            logprobs, top = _logprobs(sequence.sampling, output, index)
+        event = TokenEvent(sequence.request_id, [token_id], logprobs, top, reason)
+        if num_generated == 1:
+            event = replace(event, queue_s=sequence.queue_s, num_cached_tokens=sequence.num_cached_tokens)
+        if sequence.prompt_logprobs is not None:
+            event = replace(event, prompt_logprobs=sequence.prompt_logprobs)
+            sequence.prompt_logprobs = None  # told; should it be preempted, the prefix cache may serve it
+        self._events[sequence.client].append(event)
         if reason is not None:
             self._count["requests_finished"] += 1
             del self._sequences[sequence.client, sequence.request_id]
@@ -412,17 +468,11 @@ def _keep_prompt_logprobs(plan: Plan, output: StepOutput) -> None:
             start += count
 
 
-def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
-    if token_id in sequence.stop_token_ids:
-        return "stop_token"
-    return "length" if sequence.num_generated_tokens >= sequence.max_new_tokens else None
-
-
 def _logprobs(
     params: SamplingParams, output: StepOutput, index: int
 ) -> tuple[list[float] | None, list[list[tuple[int, float]]] | None]:
-    """The event's logprob fields for one sampled row."""
-    if params.num_logprobs < 0 or output.logprobs is None:
+    """The event's logprob fields for one sampled row that asked for them."""
+    if output.logprobs is None:
         return None, None
     chosen = [float(output.logprobs[index])]
     if output.top_ids is None or output.top_logprobs is None:

@@ -16,6 +16,7 @@ token of the vocabulary leads on, the request fails with an error.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -117,30 +118,34 @@ class LLGrammars:
         return guide
 
     def allowed(self, guides: Rows[LLGuide]) -> I32:
-        from llguidance import LLExecutor
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
-
         assert self._tokenizer is not None, "a guide comes from a tokenizer"
-        words: I32 = allocate_token_bitmask(len(guides), self._tokenizer.vocab_size)
-        if self._num_threads > 1 and len(guides) > 1:
-            self._executor = self._executor or LLExecutor(self._num_threads)
-            fill_next_token_bitmask_par(self._executor, [(g.matcher, i) for i, g in enumerate(guides)], words)
-        else:
-            for i, guide in enumerate(guides):
-                fill_next_token_bitmask(guide.matcher, words, i)
+        num_tokens, end = self._tokenizer.vocab_size, self._tokenizer.eos_token
+        words = np.zeros((len(guides), max(num_tokens, self._vocab_size) // 32 + 1), np.int32)
+        self._fill(words, guides, -(-num_tokens // 32) * 4)
         for i, guide in enumerate(guides):
             if guide.matcher.is_error():
                 words[i] = 0
-        out = np.zeros((len(guides), self._vocab_size // 32 + 1), np.int32)
-        width = min(out.shape[1], words.shape[1])
-        out[:, :width] = words[:, :width]
-        end = self._tokenizer.eos_token
         may_end = _bit(words, end)
         if end < self._vocab_size:  # one of the model's ids that no token has
-            _clear_bit(out, end)
-        _clear_bit(out, self._vocab_size)
-        out[:, -1] |= np.where(may_end, _one_bit(self._vocab_size), 0)
-        return out
+            _clear_bit(words, end)
+        _clear_bit(words, self._vocab_size)
+        words[:, self._vocab_size // 32] |= np.where(may_end, _one_bit(self._vocab_size), 0)
+        return words[:, : self._vocab_size // 32 + 1]
+
+    def _fill(self, words: I32, guides: Rows[LLGuide], row_bytes: int) -> None:
+        """The first `row_bytes` of each row. By address: llguidance's helper for a row takes as long as many a mask."""
+        start, stride = words.ctypes.data, words.strides[0]
+        if self._num_threads > 1 and len(guides) > 1:
+            from llguidance import LLExecutor
+
+            self._executor = self._executor or LLExecutor(self._num_threads)
+            exact = words if stride == row_bytes else np.zeros((len(guides), row_bytes // 4), np.int32)
+            matchers = [(guide.matcher, i) for i, guide in enumerate(guides)]
+            self._executor.unsafe_compute_mask_ptr(matchers, exact.ctypes.data, row_bytes, len(guides))
+            words[:, : row_bytes // 4] = exact
+            return
+        for i, guide in enumerate(guides):
+            guide.matcher.unsafe_compute_mask_ptr(start + i * stride, row_bytes)
 
     def close(self) -> None:
         self._workers.shutdown(wait=False, cancel_futures=True)
@@ -241,13 +246,15 @@ class PendingMasks:
         words = np.ascontiguousarray(words[:, : -(-self._vocab_size // 32)])
         if self._vocab_size % 32:
             words[:, -1] &= np.uint32((1 << self._vocab_size % 32) - 1)
-        # A stop token that stands for text would end the answer in the middle.
-        _set_bits(words, [row.stop_token_ids for row in self._rows], False)
-        stops = [
-            row.stop_token_ids if end and row.may_stop else () for row, end in zip(self._rows, may_end, strict=True)
-        ]
-        _set_bits(words, stops, True)
-        _set_bits(words, [row.banned_ids for row in self._rows], False)
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for i, row in enumerate(self._rows):
+            rows_of.setdefault(tuple(row.stop_token_ids), []).append(i)
+        for stop_ids, rows in rows_of.items():
+            # A stop token that stands for text would end the answer in the middle.
+            _set_bits(words, rows, stop_ids, False)
+            _set_bits(words, [i for i in rows if may_end[i] and self._rows[i].may_stop], stop_ids, True)
+        for i, row in enumerate(self._rows):
+            _set_bits(words, [i], tuple(row.banned_ids), False)
         lost = np.flatnonzero(~words.any(axis=1)).tolist()
         words[lost] = ~np.uint32(0)
         finished = frozenset(self._rows[i].row for i in lost if may_end[i])
@@ -277,13 +284,18 @@ def _clear_bit(words: I32, index: int) -> None:
     words[:, index // 32] &= ~_one_bit(index)
 
 
-def _set_bits(words: U32, ids: Rows[Rows[int]], value: bool) -> None:
-    """Set the bits of each row's ids in u32 [m, w], in place."""
-    rows = np.repeat(np.arange(len(words)), [len(of_row) for of_row in ids])
-    if len(rows):
-        flat = np.array([token_id for of_row in ids for token_id in of_row], np.int64)
-        bits = np.uint32(1) << (flat % 32).astype(np.uint32)
-        if value:
-            np.bitwise_or.at(words, (rows, flat // 32), bits)
-        else:
-            np.bitwise_and.at(words, (rows, flat // 32), ~bits)
+def _set_bits(words: U32, rows: list[int], ids: tuple[int, ...], value: bool) -> None:
+    """Set the bits of the ids in these rows of u32 [m, w], in place."""
+    if rows and ids:
+        columns, bits = _places(ids)
+        at = (np.array(rows)[:, None], columns)
+        words[at] = words[at] | bits if value else words[at] & ~bits
+
+
+@functools.lru_cache(256)
+def _places(ids: tuple[int, ...]) -> tuple[np.ndarray, U32]:
+    """The words that the ids are in, each once, and their bits there."""
+    bits_in: dict[int, int] = {}
+    for token_id in ids:
+        bits_in[token_id // 32] = bits_in.get(token_id // 32, 0) | 1 << token_id % 32
+    return np.array(list(bits_in)), np.array(list(bits_in.values()), np.uint32)

@@ -93,11 +93,14 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def extend_keys(self, keys: list[BlockKey], token_ids: array[int]) -> None:
-        """Append to `keys` until every full block of the tokens has one."""
+    def extend_keys(self, keys: list[BlockKey], token_ids: array[int], salt: bytes = b"") -> None:
+        """Append to `keys` until every full block of the tokens has one.
+
+        salt: what else their content depends on; of a length that no other keys' beginning has.
+        """
         size = self.block_tokens
         for start in range(len(keys) * size, len(token_ids) - size + 1, size):
-            parent = keys[-1] if keys else b""
+            parent = keys[-1] if keys else salt
             content = parent + token_ids[start : start + size].tobytes()
             keys.append(hashlib.blake2b(content, digest_size=16, key=self._salt).digest())
 

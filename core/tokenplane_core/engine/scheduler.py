@@ -16,8 +16,9 @@ more later. When those run out, the running sequence of worst rank goes back to 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from ..backend.records import Bucket, Capabilities
 from .kv_cache import BlockPool
@@ -50,6 +51,9 @@ class MustDrain(Exception):
     """No plan now: blocks have run out and a victim may have a step in flight. Collect what is in flight first."""
 
 
+_rank = attrgetter("rank")
+
+
 class Scheduler:
     """Waiting and running sequences, slots and blocks.
 
@@ -78,7 +82,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence into the queue."""
-        self.pool.extend_keys(sequence.block_keys, sequence.token_ids)
+        self.pool.extend_keys(sequence.block_keys, sequence.token_ids, sequence.adapter.salt)
         self._enqueue(sequence)
 
     @property
@@ -101,18 +105,18 @@ class Scheduler:
         sequence = row.sequence
         sequence.steps_in_flight -= 1
         # A cancelled sequence may have computed one token that it was never told.
-        num_tokens = min(row.start_tokens + row.num_tokens, len(sequence.token_ids))
-        self._publish(sequence, num_tokens // self.pool.block_tokens)
+        num_full_blocks = min(row.start_tokens + row.num_tokens, len(sequence.token_ids)) // self.pool.block_tokens
+        if num_full_blocks > sequence.num_published_blocks:
+            self._publish(sequence, num_full_blocks)
         if sequence.state is State.FINISHED:
             self._release_if_done(sequence)
 
     def _publish(self, sequence: Sequence, num_full_blocks: int) -> None:
         """Put full, computed blocks into the prefix index."""
-        if num_full_blocks > sequence.num_published_blocks:
-            self.pool.extend_keys(sequence.block_keys, sequence.token_ids)
-            for i in range(sequence.num_published_blocks, num_full_blocks):
-                self.pool.publish(sequence.block_ids[i], sequence.block_keys[i])
-            sequence.num_published_blocks = num_full_blocks
+        self.pool.extend_keys(sequence.block_keys, sequence.token_ids, sequence.adapter.salt)
+        for i in range(sequence.num_published_blocks, num_full_blocks):
+            self.pool.publish(sequence.block_ids[i], sequence.block_keys[i])
+        sequence.num_published_blocks = num_full_blocks
 
     def refusal(self, num_prompt_tokens: int, num_total_tokens: int) -> str | None:
         """Why a request could never finish on this device, or None. `num_total_tokens` is prompt plus new tokens.
@@ -142,48 +146,82 @@ class Scheduler:
         Raises:
             MustDrain: `can_preempt` is False (steps are in flight) and a decode row finds no block.
         """
-        self._reserve_decode_blocks(can_preempt)
-        decoding = [s for s in self.running if s.is_decoding and not s.has_all_tokens]
-        # Who has waited longest comes first, should a device not take all rows at once.
-        decoding.sort(key=lambda s: (s.last_step, s.rank))
+        decoding, prompts = self._gaps()
+        if self._reserve_decode_blocks(decoding, can_preempt):
+            decoding, prompts = self._gaps()
         plan = None
         if not (self._decode_turn and decoding):
-            plan = self._plan_prefill(decoding)
+            plan = self._plan_prefill(decoding, prompts)
         if plan is not None:
             self._decode_turn = len(plan.rows) - plan.extent.prompts < len(decoding)
         else:
             plan = self._plan_decode(decoding)
             self._decode_turn = False
-        return self._launch(plan) if plan is not None and plan.rows else None
+        return self._launch(plan) if plan.rows else None
 
-    def _plan_decode(self, decoding: Iterable[Sequence]) -> Plan:
+    def _gaps(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Running sequences that have something to compute: those that decode, and those that prefill.
+
+        Decoding is one token that continues what the slot has already computed. A sequence's first step in a slot is
+        always a prefill, even if a prefix hit leaves a single token.
+        """
+        decoding, prompts = [], []
+        for sequence in self.running:
+            gap = sequence.num_known_tokens - sequence.num_computed_tokens
+            if gap == 1 and sequence.started:
+                if sequence.num_known_tokens < sequence.most_tokens:  # else its last token is known or in flight
+                    decoding.append(sequence)
+            elif gap:
+                prompts.append(sequence)
+        return decoding, prompts
+
+    def _plan_decode(self, decoding: list[Sequence]) -> Plan:
         plan = Plan("decode")
-        for sequence in decoding:
-            self._try_add(plan, sequence, 1, prompt=False)
+        self._add_decoding(plan, decoding)
         return plan
 
-    def _plan_prefill(self, decoding: Iterable[Sequence]) -> Plan | None:
+    def _plan_prefill(self, decoding: list[Sequence], prompts: list[Sequence]) -> Plan | None:
         """A step with at least one prompt row, or None."""
         plan = Plan("prefill")
-        prompts = sorted((s for s in self.running if not s.is_decoding and s.gap_tokens > 0), key=lambda s: s.rank)
+        prompts.sort(key=_rank)
         if not prompts and self._admissible() is None:
             return None
         if self.mixed:
-            self._mix_in(plan, decoding, prompts[0] if prompts else self._waiting[0][1])
+            self._add_decoding(plan, decoding, beside=prompts[0] if prompts else self._waiting[0][1])
         for sequence in prompts:
             self._try_add_chunk(plan, sequence)
         while self._admit_next(plan):
             pass
         return plan if plan.extent.prompts else None
 
-    def _mix_in(self, plan: Plan, decoding: Iterable[Sequence], first: Sequence) -> None:
-        """Add decode rows, as long as the first prompt still gets its smallest piece: none is kept out for ever."""
-        piece = min(self.chunk_tokens or first.gap_tokens, first.gap_tokens)
-        blocks = self.pool.blocks_for(first.num_computed_tokens + piece)
-        for sequence in decoding:
-            with_row = plan.extent.plus(1, self.pool.blocks_for(sequence.num_known_tokens), False)
-            if self.shapes.cost("prefill", with_row.plus(piece, blocks, True)) is not None:
-                self._try_add(plan, sequence, 1, prompt=False)
+    def _add_decoding(self, plan: Plan, decoding: list[Sequence], beside: Sequence | None = None) -> None:
+        """Add the decode rows that fit; longest since its last step first, if not all do.
+
+        beside: a prompt that must still get its smallest piece, so that it is not kept out for ever.
+        """
+        piece = blocks = 0
+        if beside is not None:
+            piece = min(self.chunk_tokens or beside.gap_tokens, beside.gap_tokens)
+            blocks = self.pool.blocks_for(beside.num_computed_tokens + piece)
+
+        def add(rows: list[Sequence]) -> None:
+            """All rows if they fit together; else those of the first half that fit, then those of the second."""
+            size = self.pool.block_tokens
+            extent = plan.extent.plus_decoding([-(-s.num_known_tokens // size) for s in rows])
+            cost = self.shapes.cost(plan.phase, extent)
+            if cost is not None and piece and self.shapes.cost(plan.phase, extent.plus(piece, blocks, True)) is None:
+                cost = None
+            if cost is not None:
+                plan.extent, plan.cost_tokens = extent, cost
+                plan.rows += [Row(s, s.num_computed_tokens, 1, True) for s in rows]
+            elif len(rows) > 1:
+                if len(rows) == len(decoding):
+                    rows = sorted(rows, key=lambda s: (s.last_step, s.rank))
+                add(rows[: len(rows) // 2])
+                add(rows[len(rows) // 2 :])
+
+        if decoding:
+            add(decoding)
 
     def _try_add(self, plan: Plan, sequence: Sequence, num_tokens: int, prompt: bool) -> bool:
         """Add a row if the device can run the batch with it."""
@@ -217,7 +255,7 @@ class Scheduler:
         for row in plan.rows:
             sequence = row.sequence
             sequence.num_computed_tokens += row.num_tokens
-            sequence.num_in_flight += row.sample
+            sequence.num_known_tokens += row.sample
             sequence.steps_in_flight += 1
             sequence.started = True
             sequence.last_step = self._num_steps
@@ -285,14 +323,11 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
-    def _lacks_block(self, sequence: Sequence) -> bool:
-        if sequence.has_all_tokens or not sequence.is_decoding:
-            return False
-        return self.pool.blocks_for(sequence.num_known_tokens) > len(sequence.block_ids)
-
-    def _reserve_decode_blocks(self, can_preempt: bool) -> None:
-        """See that every decode row has a block for its new token, best rank first; preempt worst rank if need be."""
-        for sequence in sorted(filter(self._lacks_block, self.running), key=lambda s: s.rank):
+    def _reserve_decode_blocks(self, decoding: list[Sequence], can_preempt: bool) -> bool:
+        """See that every decode row has a block for its new token, best rank first; True if that took a preemption."""
+        size, preempted = self.pool.block_tokens, False
+        lacking = [s for s in decoding if s.num_known_tokens > len(s.block_ids) * size]
+        for sequence in sorted(lacking, key=_rank):
             while sequence.state is State.RUNNING:
                 fresh = self.pool.allocate(1)
                 if fresh is not None:
@@ -300,7 +335,9 @@ class Scheduler:
                     break
                 if not can_preempt:
                     raise MustDrain
-                self._preempt(max(self.running, key=lambda s: s.rank))
+                self._preempt(max(self.running, key=_rank))
+                preempted = True
+        return preempted
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue; its tokens stay, its KV is recomputed."""

@@ -7,6 +7,7 @@ import math
 from array import array
 
 from ..messages import SamplingParams, Submit
+from .adapters import NO_ADAPTER
 from .grammar import Guide
 from .kv_cache import BlockKey
 
@@ -22,10 +23,11 @@ class Sequence:
     """Tokens known, tokens computed, and what the sequence holds on the device.
 
     There are no phases: a step closes the gap between `num_known_tokens` and `num_computed_tokens`. Both are as
-    of the last launched step, so with a step in flight they run ahead of `token_ids` by `num_in_flight` tokens.
+    of the last launched step, so with a step in flight they run ahead of `token_ids`.
     """
 
     __slots__ = (
+        "adapter",
         "arrival_s",
         "block_ids",
         "block_keys",
@@ -33,10 +35,11 @@ class Sequence:
         "guide",
         "last_step",
         "max_new_tokens",
+        "most_tokens",
         "num_announced_blocks",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_in_flight",
+        "num_known_tokens",
         "num_prompt_tokens",
         "num_published_blocks",
         "prompt_logprobs",
@@ -59,8 +62,10 @@ class Sequence:
         self.token_ids = array("i", request.token_ids)
         self.num_prompt_tokens = request.num_prompt_tokens or len(request.token_ids)
         self.max_new_tokens = request.max_new_tokens
+        self.most_tokens = self.num_prompt_tokens + request.max_new_tokens
         self.sampling: SamplingParams = request.sampling
         self.guide: Guide | None = None  # where token_ids are in the grammar, if there is one
+        self.adapter = NO_ADAPTER  # that its tokens are computed with
         self.samples_on_host = False  # asks for something the device's sampler lacks
         self.stop_token_ids = frozenset(request.stop_token_ids)
         self.arrival_s = arrival_s
@@ -75,7 +80,7 @@ class Sequence:
         self.num_announced_blocks = 0  # leading blocks the backend's table has
         self.num_cached_tokens = 0  # found in the prefix cache when it was last admitted
         self.num_computed_tokens = 0
-        self.num_in_flight = 0  # tokens drawn by launched steps that are not in token_ids yet
+        self.num_known_tokens = len(self.token_ids)  # those that launched steps draw are known to the device
         self.steps_in_flight = 0
         self.started = False  # has had its first step in this slot
         self.last_step = 0  # number of the last step it was part of
@@ -86,10 +91,6 @@ class Sequence:
             self.prompt_logprobs = [math.nan] * self.num_prompt_tokens
 
     @property
-    def num_known_tokens(self) -> int:
-        return len(self.token_ids) + self.num_in_flight
-
-    @property
     def num_generated_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
@@ -98,19 +99,6 @@ class Sequence:
         """Known tokens that are not computed."""
         return self.num_known_tokens - self.num_computed_tokens
 
-    @property
-    def has_all_tokens(self) -> bool:
-        """True when the last token it may have is known or in flight: nothing is left to launch."""
-        return self.num_known_tokens - self.num_prompt_tokens >= self.max_new_tokens
-
-    @property
-    def is_decoding(self) -> bool:
-        """True when the next step is one token that continues what this slot has already computed.
-
-        A sequence's first step in a slot is always a prefill, even if a prefix hit leaves a single token.
-        """
-        return self.started and self.gap_tokens == 1
-
     def leave_device(self) -> None:
         """Forget slot, blocks and computed tokens; the caller has given them back."""
         self.slot = -1
@@ -118,5 +106,5 @@ class Sequence:
         self.num_published_blocks = 0
         self.num_announced_blocks = 0
         self.num_computed_tokens = 0
-        self.num_in_flight = 0
+        self.num_known_tokens = len(self.token_ids)
         self.started = False

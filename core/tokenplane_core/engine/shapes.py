@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +34,17 @@ class Extent:
             self.total_blocks + blocks,
         )
 
+    def plus_decoding(self, blocks: Collection[int]) -> Extent:
+        """The extent with a decode row for each entry, which is the row's context blocks; at least one."""
+        return Extent(
+            self.rows + len(blocks),
+            self.prompts,
+            self.tokens + len(blocks),
+            max(self.widest, 1),
+            max(self.most_blocks, max(blocks)),
+            self.total_blocks + sum(blocks),
+        )
+
 
 class ShapeTable:
     """Answers `fit` and `room` from a device's ShapePolicy and Limits."""
@@ -44,12 +57,14 @@ class ShapeTable:
             # A bucket above the step limit is of no use, and must not hide that a soft device runs the batch without.
             if bucket.tokens <= limits.max_step_tokens and policy.mode != "ragged":
                 self._buckets[bucket.phase].append(bucket)
+        self._tokens = {phase: [bucket.tokens for bucket in buckets] for phase, buckets in self._buckets.items()}
 
     def bucket(self, phase: Phase, extent: Extent) -> Bucket | None:
         """The cheapest listed shape that holds the batch, or None."""
-        for bucket in self._buckets[phase]:
-            if self._holds(bucket, extent):
-                return bucket
+        buckets = self._buckets[phase]
+        for i in range(bisect_left(self._tokens[phase], extent.tokens), len(buckets)):
+            if self._holds(buckets[i], extent):
+                return buckets[i]
         return None
 
     def cost(self, phase: Phase, extent: Extent) -> int | None:

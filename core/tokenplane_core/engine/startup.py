@@ -40,6 +40,12 @@ def start_backend(config: EngineConfig) -> Started:
         plan.refuse_the_impossible()
     backend = open_backend(config.backend)
     capabilities = within_share(backend.load(config.model, _load_options(config)), config.memory_fraction)
+    if config.max_adapters and capabilities.adapters is None:
+        backend.close()
+        raise ConfigError(
+            f"{config.backend} serves no LoRA adapters; leave --lora-adapters and --max-loras out, or merge one adapter"
+            " into the weights (peft's merge_and_unload) and serve those"
+        )
     layout = size_cache(capabilities, config)
     backend.kv_alloc(layout)
     backend.warmup()
@@ -72,6 +78,8 @@ def _load_options(config: EngineConfig) -> LoadOptions:
         max_step_tokens=config.max_step_tokens,
         max_sequences=config.max_sequences,
         graph_rows=config.graph_rows,
+        max_adapters=config.max_adapters,
+        max_adapter_rank=config.max_adapter_rank,
     )
 
 
@@ -165,4 +173,6 @@ def _info(
         max_prompt_tokens=shapes.longest_prompt(limits.chunk_tokens > 0, limits.max_model_tokens),
         memory=memory,
         prompt_logprobs=caps.prompt_logprobs,
+        max_adapters=caps.adapters.max_adapters if caps.adapters else 0,
+        max_adapter_rank=caps.adapters.max_rank if caps.adapters else 0,
     )

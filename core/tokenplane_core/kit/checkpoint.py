@@ -41,7 +41,7 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
-    _write_safetensors(folder / "model.safetensors", _weights(np.random.default_rng(seed)))
+    write_safetensors(folder / "model.safetensors", _weights(np.random.default_rng(seed)))
     return folder
 
 
@@ -71,7 +71,11 @@ def _weights(rng: np.random.Generator) -> dict[str, F32]:
 
 def reference_greedy(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
     """The greedy continuation of the checkpoint in `folder`, computed in float64 without cache, batch or tricks."""
-    weights = _read_safetensors(folder / "model.safetensors")
+    return greedy(read_safetensors(folder / "model.safetensors"), prompt, num_tokens)
+
+
+def greedy(weights: dict[str, F64], prompt: list[int], num_tokens: int) -> list[int]:
+    """The same for the weights of such a checkpoint, by name."""
     token_ids = list(prompt)
     for _ in range(num_tokens):
         hidden = _hidden(weights, np.array(token_ids))
@@ -81,7 +85,7 @@ def reference_greedy(folder: Path, prompt: list[int], num_tokens: int) -> list[i
 
 def reference_logprobs(folder: Path, prompt: list[int]) -> list[float]:
     """The log-probability of every prompt token but the first, by the checkpoint in `folder`, in float64."""
-    weights = _read_safetensors(folder / "model.safetensors")
+    weights = read_safetensors(folder / "model.safetensors")
     logits = _hidden(weights, np.array(prompt))[:-1] @ weights["lm_head.weight"].T
     scores = logits - logits.max(-1, keepdims=True)
     scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
@@ -120,7 +124,8 @@ def _norm(x: F64) -> F64:
     return scaled
 
 
-def _read_safetensors(path: Path) -> dict[str, F64]:
+def read_safetensors(path: Path) -> dict[str, F64]:
+    """The tensors of a file of float32, by name."""
     data = path.read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
@@ -133,7 +138,7 @@ def _read_safetensors(path: Path) -> dict[str, F64]:
     return out
 
 
-def _write_safetensors(path: Path, tensors: dict[str, F32]) -> None:
+def write_safetensors(path: Path, tensors: dict[str, F32]) -> None:
     """The safetensors format: header length (u64), JSON header, then the bytes (see the format's own documentation)."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

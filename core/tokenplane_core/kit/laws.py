@@ -8,10 +8,20 @@ from time import perf_counter
 
 from ..backend.plugins import Backend, installed
 from ..backend.records import SAMPLING_FEATURES, Capabilities
-from . import mask_laws, prompt_laws, sampling_laws, text_laws
+from . import adapter_laws, mask_laws, prompt_laws, sampling_laws, text_laws
 from .subject import LAWS, Law, NotApplicable, Subject, law
 
-__all__ = ["LAWS", "Law", "NotApplicable", "Subject", "mask_laws", "prompt_laws", "sampling_laws", "text_laws"]
+__all__ = [
+    "LAWS",
+    "Law",
+    "NotApplicable",
+    "Subject",
+    "adapter_laws",
+    "mask_laws",
+    "prompt_laws",
+    "sampling_laws",
+    "text_laws",
+]
 
 VENDOR_LIBRARIES = ("torch", "transformers", "jax", "torch_xla", "habana_frameworks", "optimum", "triton")
 

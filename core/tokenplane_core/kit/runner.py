@@ -6,7 +6,9 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from ..backend.errors import UnsupportedAdapter
 from ..backend.plugins import Backend
 from ..backend.records import Bucket, Capabilities, Limits, LoadOptions, ModelSpec, ShapePolicy
 from ..config import EngineConfig
@@ -15,7 +17,17 @@ from ..engine.grammar import Grammars
 from ..engine.scheduler import Plan
 from ..engine.shapes import Extent, Phase, ShapeTable
 from ..engine.startup import size_cache
-from ..messages import Cancel, Grammar, SamplingParams, Submit, ToEngine, TokenEvent
+from ..messages import (
+    AdapterLoaded,
+    Cancel,
+    Grammar,
+    LoadAdapter,
+    SamplingParams,
+    Submit,
+    ToEngine,
+    TokenEvent,
+    UnloadAdapter,
+)
 
 
 @dataclass
@@ -54,9 +66,17 @@ class LocalEngine:
         reshuffle: bool = False,
         adjust: Callable[[Capabilities], Capabilities] = lambda capabilities: capabilities,
         grammars: Grammars | None = None,
+        max_adapters: int = 0,
+        max_adapter_rank: int = 0,
     ) -> None:
         self.backend = Backend(name, make_plugin())
-        options = LoadOptions(device_index=device_index, max_step_tokens=max_step_tokens, max_sequences=max_sequences)
+        options = LoadOptions(
+            device_index=device_index,
+            max_step_tokens=max_step_tokens,
+            max_sequences=max_sequences,
+            max_adapters=max_adapters,
+            max_adapter_rank=max_adapter_rank,
+        )
         loaded = self.declared = self.backend.load(model, options)
         if async_depth is not None:
             loaded = replace(loaded, async_depth=min(async_depth, loaded.async_depth))
@@ -78,7 +98,10 @@ class LocalEngine:
             prefix_cache,
             clock=lambda: self.now_s,
             grammars=grammars,
+            answer=self._answer,
         )
+        self._answers: dict[int, str] = {}
+        self._num_adapters = 0
         self._rng = random.Random(shuffle_seed)
         self._reshuffle = reshuffle
         if shuffle_seed is not None:
@@ -95,6 +118,7 @@ class LocalEngine:
         priority: int = 0,
         prompt_logprobs: bool = False,
         grammar: Grammar | None = None,
+        adapter: int = 0,
     ) -> str:
         """Queue a request; returns its id, a key of `outcomes`."""
         self._num_requests += 1
@@ -110,9 +134,23 @@ class LocalEngine:
                 priority=priority,
                 prompt_logprobs=prompt_logprobs,
                 grammar=grammar,
+                adapter=adapter,
             )
         )
         return request_id
+
+    def load_adapter(self, folder: Path) -> int:
+        """Load a LoRA adapter, whatever runs meanwhile; returns its number. Raises UnsupportedAdapter."""
+        self._num_adapters += 1
+        number = self._num_adapters
+        self._inbox.append(LoadAdapter(number, folder.name, str(folder)))
+        self.step()
+        if self._answers[number]:
+            raise UnsupportedAdapter(self._answers[number])
+        return number
+
+    def unload_adapter(self, number: int) -> None:
+        self._inbox.append(UnloadAdapter(number))
 
     def cancel(self, request_id: str) -> None:
         self._inbox.append(Cancel(request_id))
@@ -138,10 +176,18 @@ class LocalEngine:
         raise AssertionError(f"the engine is not done after {max_steps} steps: {self.engine.stats}")
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingParams | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: SamplingParams | None = None,
+        adapters: Sequence[int] = (),
     ) -> list[list[int]]:
-        """Run prompts together to their end; their tokens, in order."""
-        ids = [self.submit(prompt, max_new_tokens, sampling) for prompt in prompts]
+        """Run prompts together to their end; their tokens, in order. adapters: one for each prompt, or none at all."""
+        numbers = adapters or [0] * len(prompts)
+        ids = [
+            self.submit(prompt, max_new_tokens, sampling, adapter=number)
+            for prompt, number in zip(prompts, numbers, strict=True)
+        ]
         self.run()
         for request_id in ids:
             assert not self.outcomes[request_id].error, self.outcomes[request_id].error
@@ -173,6 +219,9 @@ class LocalEngine:
     def _receive(self, idle: bool) -> Iterable[tuple[int, ToEngine]]:
         while self._inbox:
             yield 0, self._inbox.popleft()
+
+    def _answer(self, client: int, answer: AdapterLoaded) -> None:
+        self._answers[answer.number] = answer.error
 
     def _publish(self, client: int, events: list[TokenEvent]) -> None:
         for event in events:

@@ -1,9 +1,10 @@
 """Simulated devices: the contract without any maths, so that the real scheduler meets every kind of card on any laptop.
 
-A cache cell stores a token id. The next token is a hash of the ids of the whole sequence, read back *through the
-block table* (or the slot's line), so a wrong table, a stale block or a wrong length changes the text, and `oracle`
-says what the text must be. Four profiles imitate the limits of a CUDA-like, a TPU-like, a Gaudi-like and a Neuron-like
-card. They are entry points of the core, never chosen unless asked for by name:
+A cache cell stores a token id (some bits of it turned by a LoRA adapter). The next token is a hash of the ids of the
+whole sequence, read back *through the block table* (or the slot's line), so a wrong table, a stale block or a wrong
+length changes the text, and `oracle` says what the text must be. Four profiles imitate the limits of a CUDA-like, a
+TPU-like, a Gaudi-like and a Neuron-like card. They are entry points of the core, never chosen unless asked for by
+name:
 
     tokenplane serve --model-id FOLDER --backend simulated-tpu
 
@@ -12,14 +13,17 @@ TOKENPLANE_SIMULATED_STEP_MS makes every step take that long, as a real device w
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from .. import __version__
+from ..adapter_files import WEIGHTS
 from ..backend.errors import ContractViolation
 from ..backend.hookspecs import hookimpl
 from ..backend.records import (
@@ -28,6 +32,8 @@ from ..backend.records import (
     I32,
     SAMPLING_FEATURES,
     U64,
+    AdapterLimits,
+    AdapterSpec,
     Bucket,
     Capabilities,
     DecodeBatch,
@@ -77,12 +83,23 @@ def simulated_logits(context: int, vocab_size: int) -> F32:
     return logits
 
 
-def oracle(prompt: Sequence[int], num_tokens: int, vocab_size: int) -> list[int]:
-    """The greedy continuation every simulated device must give, computed without any cache."""
+def oracle(prompt: Sequence[int], num_tokens: int, vocab_size: int, salt: int = 0) -> list[int]:
+    """The greedy continuation every simulated device must give, computed without any cache; salt: of an adapter."""
     token_ids = list(prompt)
     for _ in range(num_tokens):
-        token_ids.append(context_hash(np.array(token_ids, np.int32)) % vocab_size)
+        token_ids.append(context_hash(np.array(token_ids, np.int32) ^ np.int32(salt)) % vocab_size)
     return token_ids[len(prompt) :]
+
+
+def oracle_with_adapter(vocab_size: int, adapter: Path, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The same with the LoRA adapter in a folder."""
+    return oracle(prompt, num_tokens, vocab_size, adapter_salt(adapter))
+
+
+def adapter_salt(folder: Path) -> int:
+    """What an adapter does to every token it computes: the cell holds the id with these bits turned."""
+    digest = hashlib.blake2b((folder / WEIGHTS).read_bytes(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF
 
 
 def oracle_logprobs(prompt: Sequence[int], vocab_size: int) -> list[float]:
@@ -119,6 +136,7 @@ class Profile:
     max_table_entries: int | None = None
     sampling: SamplingCaps = field(default_factory=lambda: SamplingCaps(SAMPLING_FEATURES))
     prompt_logprobs: bool = True
+    adapters: bool = True
 
     def shapes(self, max_model_tokens: int) -> ShapePolicy:
         """The bucket list this card would have compiled."""
@@ -206,6 +224,7 @@ PROFILES = {
             chunk_tokens=0,
             sampling=SamplingCaps(frozenset({"temperature", "top_k", "top_p"}), max_top_k=256),
             prompt_logprobs=False,
+            adapters=False,
         ),
     )
 }
@@ -231,6 +250,7 @@ class SimulatedBackend:
         self._step_s = float(os.environ.get("TOKENPLANE_SIMULATED_STEP_MS", "0")) / 1000
         self._shapes = profile.shapes(model.max_model_tokens)
         self._slot_kind = slot
+        self._salts = np.zeros(options.max_adapters + 1, np.int32)
         return Capabilities(
             contract=CONTRACT_VERSION,
             backend=profile.name,
@@ -252,6 +272,9 @@ class SimulatedBackend:
             async_depth=profile.async_depth,
             kernels={"attention": "hash of the token ids in the cache"},
             prompt_logprobs=profile.prompt_logprobs,
+            adapters=AdapterLimits(options.max_adapters, options.max_adapter_rank)
+            if profile.adapters and options.max_adapters
+            else None,
         )
 
     @hookimpl
@@ -297,6 +320,16 @@ class SimulatedBackend:
         return self._finish(batch.head.step, slots, lengths, sampling)
 
     @hookimpl
+    def adapter_load(self, index: int, adapter: AdapterSpec) -> bool:
+        self._salts[index] = adapter_salt(Path(adapter.path))
+        return True
+
+    @hookimpl
+    def adapter_drop(self, index: int) -> bool:
+        self._salts[index] = 0
+        return True
+
+    @hookimpl
     def close(self) -> bool:
         return True
 
@@ -310,7 +343,7 @@ class SimulatedBackend:
         return self.tables.blocks[slot, positions // size], positions % size
 
     def _write(self, slot: int, positions: I32, token_ids: I32) -> None:
-        self.cells[self._where(slot, positions)] = token_ids
+        self.cells[self._where(slot, positions)] = token_ids ^ self._salts[self.tables.adapters[slot]]
 
     def _read(self, slot: int, length: int) -> I32:
         return self.cells[self._where(slot, np.arange(length, dtype=np.int32))]

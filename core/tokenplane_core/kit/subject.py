@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..backend.records import Capabilities, ModelSpec
@@ -29,6 +30,7 @@ class Subject:
     model: ModelSpec
     reference: Callable[[list[int], int], list[int]] | None = None  # prompt, tokens -> the greedy text it must give
     logprobs_reference: Callable[[list[int]], list[float]] | None = None  # of every prompt token but the first
+    adapter_reference: Callable[[Path, list[int], int], list[int]] | None = None  # as reference, with that adapter
     device_index: int = 0
     declared: Capabilities | None = None  # what load() last returned
 

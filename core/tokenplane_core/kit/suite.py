@@ -11,10 +11,11 @@ import pytest
 
 from tokenplane_core.backend.choice import choose_device
 from tokenplane_core.backend.plugins import ask, load_plugin
+from tokenplane_core.kit.adapters import greedy_with_adapter
 from tokenplane_core.kit.checkpoint import reference_greedy, reference_logprobs, write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
 from tokenplane_core.kit.report import declared_facts
-from tokenplane_core.kit.simulated import oracle, oracle_logprobs
+from tokenplane_core.kit.simulated import oracle, oracle_logprobs, oracle_with_adapter
 from tokenplane_core.model import describe_model
 
 
@@ -41,12 +42,17 @@ def make_subject(backend_name: str, folder: Path | None, scratch: Path) -> Subje
     model = describe_model(folder or write_tiny_llama(scratch), dtype=dtype)
     reference: Callable[[list[int], int], list[int]] | None = None
     logprobs: Callable[[list[int]], list[float]] | None = None
+    with_adapter: Callable[[Path, list[int], int], list[int]] | None = None
     if device.kind == "simulated":
         reference = partial(oracle, vocab_size=model.vocab_size)
         logprobs = partial(oracle_logprobs, vocab_size=model.vocab_size)
+        with_adapter = partial(oracle_with_adapter, model.vocab_size)
     elif folder is None and dtype == "float32":
         reference, logprobs = partial(reference_greedy, scratch), partial(reference_logprobs, scratch)
-    return Subject(backend_name, lambda: load_plugin(backend_name), model, reference, logprobs, device.index)
+        with_adapter = partial(greedy_with_adapter, scratch)
+    return Subject(
+        backend_name, lambda: load_plugin(backend_name), model, reference, logprobs, with_adapter, device.index
+    )
 
 
 @pytest.fixture(autouse=True)
