@@ -6,13 +6,11 @@ python scripts/flags_page.py --check    say whether it is what it should be
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+
+from pages import table, write_or_check
 
 from tokenplane_api.flags import FLAGS, GROUPS, VARIABLES, Flag
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 
 HEAD = """# Flags
 
@@ -36,7 +34,7 @@ def _options() -> Iterator[str]:
     for group in GROUPS:
         yield f"## {group}\n"
         rows = ((_name(flag), _code(flag.environment), flag.help, _default(flag), _tgi(flag)) for flag in _of(group))
-        yield from _table(("Option", "Variable", "Meaning", "Default", "TGI's default"), rows)
+        yield from table(("Option", "Variable", "Meaning", "Default", "TGI's default"), rows)
 
 
 def _others(verdict: str) -> Iterator[str]:
@@ -44,7 +42,7 @@ def _others(verdict: str) -> Iterator[str]:
     yield f"## {titles[verdict]}\n"
     chosen = [flag for flag in FLAGS if flag.verdict == verdict]
     rows = [(_name(flag), _code(flag.environment), _sentence(flag.why), _tgi(flag)) for flag in chosen]
-    yield from _table(("Option", "Variable", "Why" if verdict == "needless" else "Instead", "TGI's default"), rows)
+    yield from table(("Option", "Variable", "Why" if verdict == "needless" else "Instead", "TGI's default"), rows)
 
 
 def _variables() -> Iterator[str]:
@@ -53,15 +51,7 @@ def _variables() -> Iterator[str]:
         (_code([v.name]), v.verdict, _sentence(v.why) + (f" Accepted: {_code(v.idle)}." if v.idle else ""))
         for v in VARIABLES
     )
-    yield from _table(("Variable", "What becomes of it", "Meaning, reason or what to do instead"), rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield f"|{' --- |' * len(head)}"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
-    yield ""
+    yield from table(("Variable", "What becomes of it", "Meaning, reason or what to do instead"), rows)
 
 
 def _of(group: str) -> Iterator[Flag]:
@@ -90,15 +80,5 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def main() -> int:
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(page())
-        return 0
-    if PAGE.exists() and PAGE.read_text() == page():
-        return 0
-    print("docs/flags.md is not what the table makes; run: python scripts/flags_page.py", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    write_or_check("flags.md", page())

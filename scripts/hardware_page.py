@@ -9,18 +9,17 @@ with the fields of `Run`, written by whoever ran something on a card, and never 
 
 from __future__ import annotations
 
-import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from pages import table, write_or_check
 
 from tokenplane_core.backend.records import SAMPLING_FEATURES
 from tokenplane_core.kit.report import LEVELS, Report, read_report
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "hardware.md"
 NOT_YET = "not yet run on hardware"
 
 
@@ -73,14 +72,14 @@ def _where_it_has_run(own: dict[str, str], runs: list[Run]) -> Iterator[str]:
     for name, description in own.items():
         last = max((run for run in runs if run.backend == name), key=lambda run: run.date, default=None)
         rows.append((f"`{name}`", description, f"{last.card}, {last.date}" if last else NOT_YET))
-    yield from _table(("backend", "what it is", "last run"), rows)
+    yield from table(("backend", "what it is", "last run"), rows)
 
 
 def _runs(runs: list[Run]) -> Iterator[str]:
     for run in sorted(runs, key=lambda run: (run.backend, run.date)):
         yield from (f"### {run.backend}: {run.card}, {run.date}", "")
         yield from (f"Driver: {run.driver}. Command: `{run.command}`", "")
-        yield from _table(("measured", "result"), run.results.items())
+        yield from table(("measured", "result"), run.results.items())
         if run.notes:
             yield from (run.notes, "")
 
@@ -97,7 +96,7 @@ def _conformance(reports: list[Report]) -> Iterator[str]:
         "",
     )
     assert list(LEVELS) == ["basic", "paged", "fast"], "the sentence above names the levels"
-    yield from _table(
+    yield from table(
         ("backend", "version", "contract", "level", "laws kept", "device", "model", "date"),
         [
             (
@@ -114,7 +113,7 @@ def _conformance(reports: list[Report]) -> Iterator[str]:
         ],
     )
     yield from ("What they declare:", "")
-    yield from _table(
+    yield from table(
         ("backend", "KV cache", "shapes", "mixed steps", "steps ahead", "samples itself"),
         [
             (
@@ -132,7 +131,7 @@ def _conformance(reports: list[Report]) -> Iterator[str]:
     excused = [(r.backend, law) for r in reports for law in r.laws if law.outcome != "passed"]
     if excused:
         yield from ("Laws that did not apply, or failed:", "")
-        yield from _table(
+        yield from table(
             ("backend", "law", "outcome", "why"),
             [(f"`{name}`", f"`{law.law}`", law.outcome, law.reason) for name, law in excused],
         )
@@ -145,24 +144,5 @@ def _features(names: list[str]) -> str:
     return ", ".join(names) or "greedy only; the core does the rest"
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield f"|{' --- |' * len(head)}"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
-    yield ""
-
-
-def main() -> None:
-    text = page()
-    if sys.argv[1:] == ["--check"]:
-        if not PAGE.exists() or PAGE.read_text() != text:
-            raise SystemExit("docs/hardware.md is not what its sources make; run: python scripts/hardware_page.py")
-    elif sys.argv[1:]:
-        raise SystemExit(f"unknown option {' '.join(sys.argv[1:])}; there is --check")
-    else:
-        PAGE.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check("hardware.md", page())

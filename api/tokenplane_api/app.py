@@ -7,16 +7,18 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator
 
-from fastapi import FastAPI, Request, Response
+import msgspec
+from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from tokenplane_core.backend.errors import ConfigError, RequestError
 from tokenplane_core.client import EngineClient
 
-from . import __version__, both_dialects, health
-from .auth import ApiKeys, RequireKey
+from . import __version__, both_dialects, health, openapi
+from .auth import ApiKeys, RequireKey, is_open
 from .errors import ApiError, ClientGone, as_api_error, describe_http_error, error_response
+from .openai import adapter_routes
 from .openai import routes as openai_routes
 from .request_scope import RequestScope, record_of
 from .service import Service
@@ -56,12 +58,14 @@ def create_app(
     )
     app.state.service = service = Service(engine, tokenizer, chat_template, settings)
     app.state.keys, app.state.tracing = keys, tracing
-    app.include_router(both_dialects.vertex_router(settings))  # first: what the operator names wins
-    app.include_router(health.router)
-    app.include_router(openai_routes.router)
-    app.include_router(tgi_routes.router)
-    app.include_router(both_dialects.router)
-    app.include_router(kserve.router)
+    routers = all_routers(settings)
+    for router in routers:
+        app.include_router(router)
+
+    def asks_key(method: str, path: str) -> bool:
+        return bool(keys) and not is_open(method, path, settings.vertex_health_route)
+
+    app.state.openapi = msgspec.json.encode(openapi.openapi(routers, asks_key))
     for kind in (ApiError, RequestError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _on_error)
     # The last one added is the outermost.
@@ -76,6 +80,20 @@ def create_app(
     )
     app.add_middleware(RequestScope, metrics=service.metrics, settings=settings, tracing=tracing)
     return app
+
+
+def all_routers(settings: Settings) -> list[APIRouter]:
+    """In the order in which they are asked."""
+    return [
+        both_dialects.vertex_router(settings),  # first: what the operator names wins
+        openai_routes.router,
+        adapter_routes.router,
+        tgi_routes.router,
+        both_dialects.router,
+        kserve.router,
+        health.router,
+        openapi.router,
+    ]
 
 
 @contextlib.asynccontextmanager

@@ -23,8 +23,11 @@ log = logging.getLogger("tokenplane.keys")
 
 LOOK_EVERY_S = 1.0
 
-_OPEN_GETS = frozenset({"/", "/health", "/live", "/ping", "/metrics", "/info", "/v2/health/live", "/v2/health/ready"})
-"""What probes, scrapers and TGI's tools read without a key."""
+_OPEN_GETS = frozenset(
+    {"/", "/health", "/live", "/ping", "/metrics", "/info", "/v2/health/live", "/v2/health/ready"}
+    | {"/docs", "/docs/", "/openapi.json", "/api-doc/openapi.json"}
+)
+"""What probes, scrapers, TGI's tools and readers of the documents get without a key."""
 
 
 class ApiKeys:
@@ -83,6 +86,11 @@ class ApiKeys:
                 self.reload()
 
 
+def is_open(method: str, path: str, health_route: str | None) -> bool:
+    """Whether a request needs no key."""
+    return method in ("GET", "HEAD") and (path in _OPEN_GETS or path == health_route)
+
+
 class RequireKey:
     """Pure ASGI middleware: every route but the open ones needs `Authorization: Bearer KEY`.
 
@@ -92,10 +100,10 @@ class RequireKey:
     def __init__(self, app: ASGIApp, keys: ApiKeys, health_route: str | None = None) -> None:
         self._app = app
         self._keys = keys
-        self._open_gets = _OPEN_GETS | {health_route}
+        self._health_route = health_route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_open(scope):
+        if scope["type"] != "http" or is_open(scope["method"], scope["path"], self._health_route):
             await self._app(scope, receive, send)
             return
         record = scope["tokenplane.record"]
@@ -106,9 +114,6 @@ class RequireKey:
         record.error = ApiError(UNAUTHORIZED, "send the API key as `Authorization: Bearer KEY`", code="invalid_api_key")
         record.error.headers["www-authenticate"] = "Bearer"
         await error_response(scope["path"], record.error)(scope, receive, send)
-
-    def _is_open(self, scope: Scope) -> bool:
-        return scope["path"] in self._open_gets and scope["method"] in ("GET", "HEAD")
 
 
 def _given_key(scope: Scope) -> bytes:

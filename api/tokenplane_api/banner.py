@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from tokenplane_core.memory import format_table
 from tokenplane_core.messages import EngineInfo
 
+from .adapters import LEAST_RANK
 from .flags import BY_NAME
 from .settings import Limits, ServeOptions, Settings
 
@@ -60,6 +61,11 @@ def _limits(
     )
     yield "--max-batch-size", str(info.max_sequences), _why_offered(options.max_sequences, info.max_sequences)
     yield "--max-batch-total-tokens", str(_cache_tokens(info)), _why_cache(info, options)
+    if info.max_adapters:
+        named = f"{len(options.lora_adapters)} named at the start"
+        yield "--max-loras", str(info.max_adapters), given if options.max_loras else named
+        why = given if options.max_lora_rank else f"the largest of them, {LEAST_RANK} at least"
+        yield "--max-lora-rank", str(info.max_adapter_rank), why
     most = settings.max_concurrent_requests
     yield (
         "--max-concurrent-requests",

@@ -15,14 +15,16 @@ from starlette.types import Message
 from tokenplane_core.backend.errors import ConfigError
 
 from .body import decode, read_json
-from .errors import ApiError, invalid
+from .errors import NOT_FOUND, TEMPLATE, ApiError, OpenAIErrorResponse, invalid
 from .generation import GenerationSpec, Output, collect
 from .health import health
+from .openai.answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
 from .openai.chat_prompt import num_characters, render_chat
 from .openai.convert import prepare_chat
 from .openai.routes import chat_completions, completions
-from .openai.schemas import ChatRequest
+from .openai.schemas import ChatRequest, CompletionRequest
 from .openai.tools import tool_use
+from .operations import GENERATES, READS, Operation
 from .request_scope import record_of
 from .service import Service, begin
 from .settings import Settings
@@ -30,7 +32,15 @@ from .streaming import unless_client_leaves
 from .tgi.convert import generate_specs
 from .tgi.render import pick_best, text_of
 from .tgi.routes import compat_generate, simple_tokens
-from .tgi.schemas import GenerateRequest, VertexRequest
+from .tgi.schemas import (
+    ChatTokenizeResponse,
+    CompatGenerateRequest,
+    GenerateRequest,
+    GenerateResponse,
+    StreamResponse,
+    VertexRequest,
+    VertexResponse,
+)
 
 router = APIRouter()
 
@@ -48,8 +58,19 @@ _ROUTES: dict[str, Callable[[Request], Awaitable[Response]]] = {
 
 
 @router.post("/invocations")
+@Operation(
+    id="sagemaker_compatibility",
+    tag="Platforms",
+    takes=(CompatGenerateRequest, ChatRequest, CompletionRequest),
+    answers=(list[GenerateResponse], ChatCompletion, Completion),
+    events=(StreamResponse, ChatCompletionChunk, CompletionChunk, OpenAIErrorResponse),
+    errors=(*GENERATES, NOT_FOUND, TEMPLATE),
+)
 async def invocations(request: Request) -> Response:
-    """As `/`, `/v1/chat/completions` or `/v1/completions`, by what the body holds. Errors have TGI's body."""
+    """SageMaker's route: `/`, `/v1/chat/completions` or `/v1/completions`, by what the body holds.
+
+    Errors have TGI's body.
+    """
     service = begin(request)
     fields = await read_json(request, _fields_decoder, service.settings.payload_limit_bytes)
     for name, route in _ROUTES.items():
@@ -73,14 +94,17 @@ def _with_body(request: Request, raw: bytes) -> Request:
 
 
 @router.post("/chat_tokenize")
+@Operation(
+    id="get_chat_tokenize", tag="TGI", takes=(ChatRequest,), answers=(ChatTokenizeResponse,), errors=(*READS, TEMPLATE)
+)
 async def chat_tokenize(request: Request) -> Response:
-    """What a body of /v1/chat/completions becomes: the templated text and its tokens as in /tokenize."""
+    """Show what a conversation becomes. The templated text, and its tokens as in /tokenize."""
     service: Service = request.app.state.service
     body = await read_json(request, _chat_decoder, service.settings.payload_limit_bytes)
     tools = tool_use(body)
     text = await service.in_worker(num_characters(body), lambda: render_chat(body, tools, service))
     tokens = await service.in_worker(len(text), lambda: simple_tokens(text, service, add_special_tokens=False))
-    answer = {"tokenize_response": tokens, "templated_text": text}
+    answer = ChatTokenizeResponse(tokenize_response=tokens, templated_text=text)
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
@@ -93,8 +117,15 @@ class _Instance:
 
 
 @router.post("/vertex")
+@Operation(
+    id="vertex",
+    tag="Platforms",
+    takes=(VertexRequest,),
+    answers=(VertexResponse,),
+    errors=(*GENERATES, NOT_FOUND, TEMPLATE),
+)
 async def vertex(request: Request) -> Response:
-    """{"instances": [...]} -> {"predictions": [text, ...]}, in order; all instances run at once.
+    """Vertex AI's predictions, in the order of the instances. All instances run at once.
 
     An instance is a body of /generate or of /v1/chat/completions; its parameters mean what they mean there, but it
     is never streamed.
@@ -108,7 +139,7 @@ async def vertex(request: Request) -> Response:
     generations = service.generate(specs, record_of(request), "instances")
     outputs = await unless_client_leaves(request, collect(generations))
     return Response(
-        msgspec.json.encode({"predictions": _predictions(instances, outputs)}), media_type="application/json"
+        msgspec.json.encode(VertexResponse(predictions=_predictions(instances, outputs))), media_type="application/json"
     )
 
 

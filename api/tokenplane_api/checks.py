@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from tokenplane_core.validation import GREEDY_BELOW, MAX_TEMPERATURE
 
@@ -36,6 +37,11 @@ def check_stops(field: str, stops: Sequence[str], most: int) -> tuple[str, ...]:
     if "" in stops:
         raise invalid(f"`{field}` must not hold an empty string: it would end every answer at once", field)
     return tuple(stops)
+
+
+def is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
+    """Whether a JSON value is one of some; true is not 1, and false not 0."""
+    return any(value == one and type(value) is type(one) for one in allowed)
 
 
 def check_repetition_penalty(value: float) -> None:

@@ -19,6 +19,7 @@ from tokenplane_core.backend.records import LoadOptions
 from tokenplane_core.logs import configure as configure_log
 
 from . import __version__
+from .adapters import LEAST_RANK
 from .devices import devices_json, devices_table
 from .flags import BY_NAME, FLAGS
 from .launcher import describe, plan_launch
@@ -115,11 +116,16 @@ def plan(model_id: str, device: str | None, count: int, json: bool, config: Path
             revision=values["revision"],
             hub_cache=values["huggingface_hub_cache"],
             dtype=values["dtype"],
+            quantize=values["quantize"],
+            kv_cache_dtype=values["kv_cache_dtype"],
             max_model_tokens=values["max_total_tokens"],
             cache_tokens=values["max_batch_total_tokens"],
             memory_fraction=values["cuda_memory_fraction"] or 1,
             options=LoadOptions(
-                max_step_tokens=values["max_batch_prefill_tokens"], max_sequences=values["max_batch_size"]
+                max_step_tokens=values["max_batch_prefill_tokens"],
+                max_sequences=values["max_batch_size"],
+                max_adapters=values["max_loras"] or 0,
+                max_adapter_rank=values["max_lora_rank"] or LEAST_RANK,
             ),
             progress=lambda line: click.echo(line, err=True),
         )
@@ -134,11 +140,15 @@ UNSET_IN_PLANS = {
     "revision": "",
     "huggingface-hub-cache": "the hub library's",
     "dtype": "as the checkpoint was saved",
+    "quantize": "what config.json says",
+    "kv-cache-dtype": "auto",
     "max-total-tokens": "the model's",
     "max-batch-prefill-tokens": "the device's",
     "max-batch-size": "the device's",
     "max-batch-total-tokens": "what fits",
     "cuda-memory-fraction": "",
+    "max-loras": "none",
+    "max-lora-rank": str(LEAST_RANK),
 }
 """The options of `serve` that a plan depends on, with what holds without them."""
 

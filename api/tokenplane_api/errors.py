@@ -7,7 +7,7 @@ not know which dialect is being spoken; that is decided here, by the path of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import msgspec
 from fastapi import Request, Response
@@ -22,6 +22,7 @@ from tokenplane_core.backend.errors import (
     RequestError,
 )
 
+from .meaning import means
 from .text.chat_template import TemplateError
 
 
@@ -56,6 +57,27 @@ INTERNAL = ErrorKind(500, "server_error", 500, "internal", metric="generation")
 
 _OF_STATUS = {400: MALFORMED, 404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}
 
+
+class ErrorResponse(msgspec.Struct, forbid_unknown_fields=True):
+    """An error, as TGI says it."""
+
+    error: str
+    error_type: Annotated[str, means("what kind: validation, overloaded, generation, not_ready, ...")]
+
+
+class OpenAIError(msgspec.Struct, forbid_unknown_fields=True):
+    message: Annotated[str, means("names field, value and limit")]
+    type: str
+    param: Annotated[str | None, means("the field at fault")]
+    code: Annotated[str | None, means("a reason that programs can tell apart")]
+
+
+class OpenAIErrorResponse(msgspec.Struct, forbid_unknown_fields=True):
+    """An error, as OpenAI says it."""
+
+    error: OpenAIError
+
+
 # The core's words for request fields, where a dialect has another.
 _OPENAI_FIELDS = {
     "token_ids": "prompt",
@@ -63,8 +85,14 @@ _OPENAI_FIELDS = {
     "num_logprobs": "logprobs",
     "min_new_tokens": "min_tokens",
     "prompt_logprobs": "echo",
+    "adapter": "model",
 }
-_TGI_FIELDS = {"token_ids": "inputs", "num_logprobs": "top_n_tokens", "prompt_logprobs": "decoder_input_details"}
+_TGI_FIELDS = {
+    "token_ids": "inputs",
+    "num_logprobs": "top_n_tokens",
+    "prompt_logprobs": "decoder_input_details",
+    "adapter": "adapter_id",
+}
 
 
 class ApiError(Exception):
@@ -129,17 +157,17 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(INTERNAL, "internal error; the server's log has the details", code="internal_error")
 
 
-def openai_body(error: ApiError) -> dict[str, Any]:
+def openai_body(error: ApiError) -> OpenAIErrorResponse:
     param = None if error.param is None else _OPENAI_FIELDS.get(error.param, error.param)
-    return {"error": {"message": error.message, "type": error.kind.openai_type, "param": param, "code": error.code}}
+    return OpenAIErrorResponse(OpenAIError(error.message, error.kind.openai_type, param, error.code))
 
 
-def tgi_body(error: ApiError) -> dict[str, Any]:
+def tgi_body(error: ApiError) -> ErrorResponse:
     message = error.message
     field = None if error.param is None else _TGI_FIELDS.get(error.param, error.param)
     if field is not None and field not in message:
         message = f"`{field}`: {message}"
-    return {"error": error.kind.tgi_prefix + message, "error_type": error.kind.tgi_type}
+    return ErrorResponse(error.kind.tgi_prefix + message, error.kind.tgi_type)
 
 
 def is_openai_path(path: str) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import click
 
+from .adapters import LEAST_RANK, SPARE, AdapterSource, parse_adapters
 from .settings import ServeOptions, Settings
 
 Verdict = Literal["honoured", "needless", "refused"]
@@ -50,6 +51,22 @@ class Rows(click.ParamType):  # type: ignore[type-arg]  # generic in new version
         if min(numbers) < 1:
             self.fail(f"{value!r} holds {min(numbers)}; each batch size must be at least 1.", param, ctx)
         return tuple(sorted(set(numbers)))
+
+
+class Adapters(click.ParamType):  # type: ignore[type-arg]  # as Rows
+    """`a,b=/path` as AdapterSources."""
+
+    name = "adapters"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[AdapterSource, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return parse_adapters(str(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +151,13 @@ def _model() -> Iterator[Flag]:
     )
     yield Flag(
         name="quantize", group=MODEL, field="quantize", type=click.Choice(QUANTIZERS), unset="what config.json says",
-        help="How the checkpoint is stored: awq, fp8, gptq, ... Weights are not quantized while they load.",
+        help="How the checkpoint is stored (awq, fp8, gptq, ...); or int8, int4 or eetq: quantize its weights at load.",
         variables=("QUANTIZE", "HF_MODEL_QUANTIZE"), tgi="unset",
+    )
+    yield Flag(
+        name="kv-cache-dtype", group=MODEL, field="kv_cache_dtype", type=click.Choice(KV_CACHE_DTYPES), unset="auto",
+        help="Number format of the KV cache: auto, that of --dtype, or int8 in half of bfloat16's room (backend cpu).",
+        tgi="unset",
     )
     yield Flag(
         name="tokenizer-config-path", group=MODEL, field="tokenizer_config_path", type=PATH, tgi="unset",
@@ -155,19 +177,30 @@ def _model() -> Iterator[Flag]:
         help="What clients call the model.",
     )
     yield Flag(
+        name="lora-adapters", group=MODEL, field="lora_adapters", type=Adapters(), unset="none", tgi="unset",
+        help="LoRA adapters, as id, id@revision, name=path or name=id@revision, with commas between.",
+    )
+    yield Flag(
+        name="allow-runtime-lora", group=MODEL, field="allow_runtime_lora", is_switch=True,
+        help="Let clients load and unload adapters, from folders of this machine.",
+        variables=("ALLOW_RUNTIME_LORA", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+    )
+    yield Flag(
         name="tool-call-parser", group=MODEL, field="tool_call_parser",
-        help="How the model writes function calls: auto, hermes, llama3_json, mistral or json.",
+        help="How the model writes function calls: auto, hermes, qwen3_coder, llama3_json, mistral, deepseek, harmony"
+        " or json.",
     )
     yield Flag(
         name="reasoning-parser", group=MODEL, field="reasoning_parser",
-        help="How its thoughts are marked: auto, none, think or mistral; none leaves them in the text.",
+        help="How its thoughts are marked: auto, none, think, mistral or harmony; none leaves them in the text.",
     )
 
 
 QUANTIZERS = (
     "awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq", "exl2", "fp8", "gptq",
-    "marlin",
+    "int4", "int8", "marlin",
 )  # fmt: skip
+KV_CACHE_DTYPES = ("auto", "int8")
 
 
 def _engine() -> Iterator[Flag]:
@@ -273,6 +306,14 @@ def _limits() -> Iterator[Flag]:
         help="Seconds that a request may wait to begin; then 429.",
     )
     yield Flag(
+        name="max-loras", group=LIMITS, field="max_loras", type=COUNT,
+        help="LoRA adapters held at once.", unset=f"those of --lora-adapters, {SPARE} more with --allow-runtime-lora",
+    )
+    yield Flag(
+        name="max-lora-rank", group=LIMITS, field="max_lora_rank", type=COUNT,
+        help="Largest rank of an adapter.", unset=f"that of --lora-adapters, {LEAST_RANK} at least",
+    )
+    yield Flag(
         name="disable-grammar-support", group=LIMITS, field="disable_grammar_support", is_switch=True, tgi="false",
         help="Refuse requests for guided decoding and forced tool calls.",
     )
@@ -375,14 +416,6 @@ def _refused() -> Iterator[Flag]:
     yield refused(
         "speculate", "speculative decoding is not built; leave it out: it changes how fast a text comes, not the text",
         type=NATURAL, idle=(0,),
-    )
-    yield refused(
-        "lora-adapters",
-        "adapters are not served yet; merge one into the weights (peft's merge_and_unload), save that, and serve it",
-    )
-    yield refused(
-        "kv-cache-dtype",
-        "the KV cache keeps the format of --dtype; for room, take bfloat16 or a lower --max-total-tokens",
     )
     rope = "positions are scaled as the model's config.json says; change rope_parameters in a copy of its folder"
     yield refused("rope-scaling", rope)

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Literal, Protocol
 
 from tokenplane_core.backend.errors import InvalidRequest, TokenplaneError
+from tokenplane_core.client_adapters import LoadedAdapter
 from tokenplane_core.messages import Grammar, SamplingParams, Submit, TokenEvent
 
 from .text.stop_strings import StopStrings
@@ -41,6 +42,7 @@ class GenerationSpec:
     wants_tokens: bool = False  # pieces list their tokens
     wants_token_texts: bool = False  # ... with the text of each, special tokens included
     wants_prompt_logprobs: bool = False  # see prompt_tokens()
+    adapter: LoadedAdapter | None = None  # that it is computed with
 
     def submit(self, request_id: str, stop_token_ids: list[int]) -> Submit:
         return Submit(
@@ -51,6 +53,7 @@ class GenerationSpec:
             stop_token_ids=[] if self.ignore_eos else stop_token_ids,
             grammar=self.grammar,
             prompt_logprobs=self.wants_prompt_logprobs,
+            adapter=self.adapter.number if self.adapter is not None else 0,
         )
 
 

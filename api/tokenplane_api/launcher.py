@@ -182,6 +182,7 @@ def _refuse_contradictions(given: Mapping[str, Any]) -> None:
             f" must fit it; lower the first or raise the second"
         )
     _refuse_shards(given.get("sharded"), given.get("num_shard"))
+    _refuse_adapters(given)
 
 
 def _refuse_shards(sharded: bool | None, num_shard: int | None) -> None:
@@ -193,3 +194,19 @@ def _refuse_shards(sharded: bool | None, num_shard: int | None) -> None:
         raise ConfigError(f"--sharded is true, but --num-shard is {num_shard}; drop --sharded")
     if sharded:
         raise ConfigError(f"--sharded is true, which is not done here: {way_out}")
+
+
+def _refuse_adapters(given: Mapping[str, Any]) -> None:
+    """Limits of adapters that there will be none of, or more."""
+    sources, most = given.get("lora_adapters") or (), given.get("max_loras")
+    if not sources and not given.get("allow_runtime_lora"):
+        for name in ("max_loras", "max_lora_rank"):
+            if name in given:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {given[name]}, but there will be no adapters: name some with"
+                    " --lora-adapters, or let clients load them with --allow-runtime-lora"
+                )
+    if most is not None and len(sources) > most:
+        raise ConfigError(
+            f"--lora-adapters names {len(sources)} adapters, but --max-loras is {most}; raise it to {len(sources)}"
+        )

@@ -140,6 +140,7 @@ class EngineCollector(Collector):
                 "Part of the KV cache held by live requests, 0 to 1",
                 stats.blocks_used / max(stats.blocks_total, 1),
             ),
+            "tokenplane_adapters_loaded": ("LoRA adapters the engine holds", stats.adapters_loaded),
             "tokenplane_engine_ready": ("1 while the engine serves", int(self._engine.is_ready)),
         }
         if self._engine.has_info:

@@ -98,7 +98,15 @@ def source_of(parameter: click.Parameter, context: click.Context, file: str) -> 
             return None
 
 
-METAVARS = {"integer range": "N", "float range": "F", "float": "F", "path": "PATH", "list": "N,N,..", "boolean": "BOOL"}
+METAVARS = {
+    "integer range": "N",
+    "float range": "F",
+    "float": "F",
+    "path": "PATH",
+    "list": "N,N,..",
+    "boolean": "BOOL",
+    "adapters": "LIST",
+}
 
 
 def _metavar(flag: Flag) -> str | None:

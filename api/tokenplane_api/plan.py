@@ -20,6 +20,7 @@ from tokenplane_core.weight_files import Weights, count_weights, read_weights, w
 
 from .accelerators import by_memory, imagined_device
 from .hub import model_sha, remote_tensors, resolve_model
+from .quantization import kv_dtype_of, quantize_at_load
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,8 @@ def make_plan(
     revision: str | None,
     hub_cache: Path | None,
     dtype: str | None,
+    quantize: str | None = None,
+    kv_cache_dtype: str | None = None,
     max_model_tokens: int | None,
     cache_tokens: int | None = None,
     memory_fraction: float = 1.0,
@@ -121,6 +124,11 @@ def make_plan(
     device = share_of(find_device(device_name), memory_fraction)
     folder = resolve_model(model_id, revision, cache_dir=hub_cache, needs_weights=False, progress=progress)
     model = describe_model(folder, model_id, revision, dtype, max_model_tokens)
+    model = replace(
+        model,
+        quantize=quantize_at_load(quantize, model.config, device.kind, device.offer.quantizes),
+        kv_dtype=kv_dtype_of(kv_cache_dtype, device.kind, device.offer.kv_dtypes),
+    )
     is_local = Path(model_id).expanduser().exists()
     weights = Weights(0, 0, "") if device.kind == SIMULATED else _weights(model, is_local, hub_cache)
     required_tokens = cache_tokens or model.max_model_tokens

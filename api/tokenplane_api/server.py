@@ -24,14 +24,16 @@ from tokenplane_core.backend.errors import ConfigError, TokenplaneError
 from tokenplane_core.backend.records import Device, ModelSpec
 from tokenplane_core.client import EngineClient
 from tokenplane_core.config import EngineConfig
+from tokenplane_core.garbage import settle
 from tokenplane_core.memory import SIMULATED
 from tokenplane_core.model import describe_model
 
+from .adapters import AdapterPlan, plan_adapters
 from .app import create_app
 from .banner import banner
 from .http_guard import guarded_protocol
 from .hub import model_sha, resolve_model
-from .quantization import require_quantization
+from .quantization import kv_dtype_of, quantize_at_load
 from .service import Service
 from .settings import ServeOptions, Settings
 from .text.chat_template import ChatTemplate
@@ -63,13 +65,24 @@ def serve(options: ServeOptions, settings: Settings) -> None:
             settings.max_total_tokens,
             options.trust_remote_code,
         )
-        require_quantization(options.quantize, model.config)
+        quantize = quantize_at_load(options.quantize, model.config, answer.name, device.offer.quantizes)
+        kv_dtype = kv_dtype_of(options.kv_cache_dtype, answer.name, device.offer.kv_dtypes)
+        model = replace(model, quantize=quantize, kv_dtype=kv_dtype)
         log.info("Model %s: %s, %s, from %s", options.model_id, model.architecture or "?", model.dtype, folder)
         tokenizer = TextTokenizer.load(folder, options.tokenizer_config_path)
         template = ChatTemplate.load(folder, options.tokenizer_config_path)
         if template is None:
             log.warning("The model has no chat template: /v1/chat/completions will refuse requests")
-        config = _engine_config(options, settings, model, answer.name, device)
+        adapters = plan_adapters(
+            options.lora_adapters,
+            settings.accepted_names,
+            max_adapters=options.max_loras,
+            max_rank=options.max_lora_rank,
+            may_load_later=settings.allow_runtime_lora,
+            hub_cache=options.hub_cache,
+            progress=log.info,
+        )
+        config = _engine_config(options, settings, model, answer.name, device, adapters)
         engine = EngineClient(config, settings.max_concurrent_requests, settings.queue_timeout_s)
         _run(create_app(engine, tokenizer, template, settings), listener, options)
 
@@ -86,7 +99,12 @@ def _fetch_model(options: ServeOptions, needs_weights: bool) -> Path:
 
 
 def _engine_config(
-    options: ServeOptions, settings: Settings, model: ModelSpec, backend: str, device: Device
+    options: ServeOptions,
+    settings: Settings,
+    model: ModelSpec,
+    backend: str,
+    device: Device,
+    adapters: AdapterPlan,
 ) -> EngineConfig:
     return EngineConfig(
         model=model,
@@ -101,6 +119,9 @@ def _engine_config(
         kv_cache_tokens=options.kv_cache_tokens,
         required_tokens=settings.max_total_tokens,
         prefix_cache=options.prefix_cache,
+        adapters=adapters.folders,
+        max_adapters=adapters.max_adapters,
+        max_adapter_rank=adapters.max_rank,
         ready_timeout_s=options.ready_timeout_s,
         json_log=options.json_output,
     )
@@ -181,6 +202,7 @@ async def _serve_until_stopped(
     elif service.is_ready and not server.should_exit:  # a signal may come first, and takes the port away
         for line in banner(service.engine.info, options, service.settings, service.require_ready()):
             log.info("%s", line)
+        settle()
         log.info("Ready after %.1f s: %s", perf_counter() - started_s, url_of(listener))
     await serving
     if isinstance(failure, TokenplaneError):

@@ -8,6 +8,8 @@ from pathlib import Path
 from tokenplane_core.backend.errors import ConfigError
 from tokenplane_core.messages import EngineInfo
 
+from .adapters import AdapterSource
+
 NAMES_OF_ANY_MODEL = ("tgi", "dummy")
 """What clients of TGI call whatever is served; "dummy" is what Hugging Face's InferenceClient sends for no name."""
 
@@ -46,6 +48,7 @@ class Settings:
     vertex_health_route: str | None = None  # also answers as /health; AIP_HEALTH_ROUTE
     tool_call_parser: str = "auto"  # how the model writes calls: a name of text/tool_calls.py
     reasoning_parser: str = "auto"  # how it marks its thoughts: a name of text/reasoning.py, or "none"
+    allow_runtime_lora: bool = False  # clients may have adapters loaded from folders of this machine
 
     @property
     def public_name(self) -> str:
@@ -66,7 +69,8 @@ class ServeOptions:
     model_id: str
     revision: str | None = None
     dtype: str | None = None
-    quantize: str | None = None  # how the checkpoint must be quantized
+    quantize: str | None = None  # how the checkpoint is stored, or is quantized while it loads
+    kv_cache_dtype: str | None = None
     trust_remote_code: bool = False
     tokenizer_config_path: Path | None = None
     hub_cache: Path | None = None
@@ -79,6 +83,9 @@ class ServeOptions:
     max_sequences: int | None = None
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
+    lora_adapters: tuple[AdapterSource, ...] = ()
+    max_loras: int | None = None  # adapters held at once
+    max_lora_rank: int | None = None
     ready_timeout_s: int = 600
     hostname: str = "0.0.0.0"
     port: int = 3000

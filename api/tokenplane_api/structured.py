@@ -12,6 +12,7 @@ was sent. Whitespace between JSON tokens is bounded, because a small model left 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,6 +116,21 @@ def at_most_one(**grammars: Grammar | None) -> Grammar | None:
         names = " and ".join(f"`{name}`" for name in given)
         raise invalid(f"{names} are set; the answer can follow only one of them", next(iter(given)))
     return next(iter(given.values()), None)
+
+
+def either(one: Grammar, other: Grammar, field: str) -> Grammar:
+    """What one of them allows."""
+    return _sized(Grammar("lark", f"start: one | other\none: {_nested(one)}\nother: {_nested(other)}"), field)
+
+
+def _nested(grammar: Grammar) -> str:
+    """As the right side of a rule in Lark's syntax, as llguidance extends it."""
+    if grammar.kind == "json_schema":
+        return f"%json {grammar.source}"
+    if grammar.kind == "lark":
+        return f"%lark {{\n{grammar.source}\n}}"
+    slashes = re.sub(r"\\.|/|\n", lambda found: {"/": "\\/", "\n": "\\n"}.get(found[0], found[0]), grammar.source)
+    return f"/{slashes}/"
 
 
 # --- Kinds of grammar ---------------------------------------------------------------------------------------

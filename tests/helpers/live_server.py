@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from helpers.document import Document
 from tokenplane_api.app import create_app
 from tokenplane_api.http_guard import guarded_protocol
 from tokenplane_api.server import bind, url_of
@@ -42,8 +45,14 @@ class LiveServer:
         service: Service = self.app.state.service
         return service
 
+    @cached_property
+    def document(self) -> Document:
+        return Document(json.loads(self.app.state.openapi))
+
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, **options)
+        """Holds every answer against the OpenAPI document."""
+        hooks = {"response": [self.document.check]}
+        return httpx.Client(base_url=self.url, timeout=30, event_hooks=hooks, **options)
 
     def wait_ready(self, timeout_s: float = 30) -> None:
         wait_until(lambda: self.service.is_ready, timeout_s, "the server to be ready")

@@ -20,8 +20,10 @@ from tokenplane_core.validation import check_request
 MARKS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 """Added to the vocabulary as ordinary tokens, as Qwen has them."""
 
-SPECIAL_MARKS = ("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
-"""Added as special tokens, as Mistral and Llama have them."""
+DEEPSEEK_MARKS = tuple(f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
+HARMONY_MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>")
+SPECIAL_MARKS = ("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", *DEEPSEEK_MARKS, *HARMONY_MARKS)
+"""Added as special tokens, as Mistral, Llama, DeepSeek and gpt-oss have them."""
 
 
 TOOLS_TEMPLATE = """\

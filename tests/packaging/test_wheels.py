@@ -6,9 +6,12 @@ import json
 import os
 import socket
 import subprocess
+import sys
+import sysconfig
 import time
 import urllib.request
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,28 @@ def wait_until_ready(port: int, server: subprocess.Popen[bytes], log: Path, limi
         except OSError:
             time.sleep(0.2)
     raise AssertionError(f"not ready after {limit_s} s:\n{log.read_text()}")
+
+
+def test_the_native_kernels_are_installed_and_need_no_compiler(environment: Path) -> None:
+    (wheel,) = (ROOT / "dist").glob("tokenplane_cpu-*.whl")
+    assert wheel.stem.endswith(sysconfig.get_platform().replace("-", "_").replace(".", "_"))
+    said = run(str(environment / "bin" / "python"), "-c", "from tokenplane_cpu.native import isa; print(isa())")
+    assert said.strip() in {"generic", "avx2", "avx512", "avx512_bf16", "amx"}
+
+
+def test_without_a_compiler_the_cpu_backend_can_be_built_without_kernels(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT / "backends" / "cpu")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=clean_environment() | {"TOKENPLANE_CPU_NATIVE": "0", "CXX": "/no/such/compiler"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
 def test_devices_lists_the_installed_plugins(environment: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "scripts").glob("*_page.py"))
 PAPERS = ("ARCHITECTURE.md", "README.md", "CONTRIBUTING.md")
 PATH = r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml|txt)|Makefile)`"
 
@@ -71,3 +74,9 @@ def test_every_error_class_is_in_the_tree_of_its_docstring() -> None:
     for node in module.body:
         if isinstance(node, ast.ClassDef):
             assert re.search(rf"\b{node.name}\b", docstring), f"{node.name} is not in the tree"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_page_that_a_script_writes_is_what_its_sources_make(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

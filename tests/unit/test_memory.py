@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -94,6 +95,21 @@ def test_the_table_of_a_running_engine_holds_both(tmp_path: Path) -> None:
     assert rows["headroom"].measured_bytes == rows["headroom"].estimated_bytes
     assert set(started.capabilities.reserved_bytes) <= set(rows), "every piece a plugin reports has a row"
     assert slack.measured_bytes == started.capabilities.kv.budget_bytes - cache.measured_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_room_for_adapters_is_estimated_as_it_is_taken(tmp_path: Path, family: str) -> None:
+    spec = describe_model(make_checkpoint(family, tmp_path), dtype="bfloat16")
+    (found,) = CpuBackend().detect().devices
+    config = EngineConfig(model=spec, backend="cpu", device=found, num_threads=1, max_sequences=2)
+    rows = {}
+    for count in (0, 3):
+        started = start_backend(msgspec.structs.replace(config, max_adapters=count, max_adapter_rank=8))
+        rows[count] = {row.piece: row for row in started.info.memory}
+        started.backend.close()
+    adapters = rows[3]["adapters"]
+    assert adapters.estimated_bytes == adapters.measured_bytes != 0
+    assert "adapters" not in rows[0]
 
 
 @pytest.mark.parametrize("backend", ["simulated-cuda", "simulated-tpu", "simulated-gaudi", "simulated-neuron"])

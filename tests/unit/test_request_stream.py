@@ -52,6 +52,35 @@ async def test_news_without_tokens_is_not_an_event(stream: RequestStream) -> Non
     assert (await anext(stream)).token_ids == [5]
 
 
+async def test_a_reader_that_fell_behind_gets_what_is_new_at_once(stream: RequestStream) -> None:
+    stream.push(TokenEvent("1", [5], [-0.5], [[(5, -0.5)]], queue_s=0.5, num_cached_tokens=2))
+    stream.push(TokenEvent("1", [6], [-0.25], [[(6, -0.25)]]))
+    stream.push(TokenEvent("1", [7], [-0.125], [[(7, -0.125)]], "length"))
+    joined = TokenEvent(
+        "1",
+        [5, 6, 7],
+        [-0.5, -0.25, -0.125],
+        [[(5, -0.5)], [(6, -0.25)], [(7, -0.125)]],
+        "length",
+        queue_s=0.5,
+        num_cached_tokens=2,
+    )
+    assert [event async for event in stream] == [joined]
+
+
+async def test_an_end_without_tokens_is_not_joined_to_the_token_before_it(stream: RequestStream) -> None:
+    stream.push(TokenEvent("1", [5]))
+    stream.push(TokenEvent("1", finish_reason="stop_token"))
+    assert [event.token_ids async for event in stream] == [[5], []]
+
+
+async def test_no_more_events_are_joined_than_the_limit(stream: RequestStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_stream, "MAX_JOINED_EVENTS", 2)
+    for token_id in range(5):
+        stream.push(TokenEvent("1", [token_id]))
+    assert [(await anext(stream)).token_ids for _ in range(3)] == [[0, 1], [2, 3], [4]]
+
+
 async def test_a_reader_far_behind_is_given_up(
     stream: RequestStream, ended_early: list[RequestStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,6 +267,26 @@ def test_a_long_prompt_is_not_kept_out_by_decode_rows_where_rows_times_blocks_is
     assert engine.outcomes[long].finish_reason == "length", "the long prompt starves"
 
 
+def test_decode_rows_take_turns_where_the_device_does_not_take_them_all() -> None:
+    """A bounded page table holds half of the rows at their length: nobody gets two steps while another gets none."""
+    engine = LocalEngine(
+        SimulatedTpu,
+        MODEL,
+        async_depth=0,
+        adjust=lambda caps: replace(caps, limits=replace(caps.limits, max_table_entries=18)),
+    )
+    ids = [engine.submit([i] * 40, 30) for i in range(9)]
+    behind = 0
+    while not engine.is_idle:
+        engine.step()
+        counts = [len(engine.outcomes[i].token_ids) for i in ids if not engine.outcomes[i].finish_reason]
+        if len(counts) == len(ids) and min(counts) > 0:
+            assert max(counts) - min(counts) <= 2
+            behind += max(counts) != min(counts)
+    assert behind, "every step took all rows"
+    assert [engine.outcomes[i].token_ids for i in ids] == [oracle([n] * 40, 30, VOCAB) for n in range(9)]
+
+
 def test_cancelled_requests_do_not_pile_up_behind_a_blocked_head() -> None:
     engine = LocalEngine(SimulatedCuda, MODEL, max_sequences=1)
     engine.submit([1], 100)

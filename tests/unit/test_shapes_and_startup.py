@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,9 @@ import pytest
 from tokenplane_core.backend.errors import ConfigError, OutOfMemory
 from tokenplane_core.backend.records import Bucket, Capabilities, KVSpec, Limits, LoadOptions, ModelSpec, ShapePolicy
 from tokenplane_core.config import EngineConfig
-from tokenplane_core.engine.shapes import Extent, ShapeTable
+from tokenplane_core.engine.shapes import Extent, Phase, ShapeTable
 from tokenplane_core.engine.startup import size_cache, within_share
-from tokenplane_core.kit.simulated import SimulatedCuda, SimulatedNeuron
+from tokenplane_core.kit.simulated import PROFILES, Profile, SimulatedCuda, SimulatedNeuron
 from tokenplane_core.memory import share_of
 
 MODEL = ModelSpec("m", "", None, "", {}, 1, 1, 1, 8, 89, 256, "float32")
@@ -30,6 +31,24 @@ def test_soft_shapes_pad_to_the_next_size_and_run_without_one_above_the_largest(
     table = ShapeTable(ShapePolicy("soft", buckets), LIMITS)
     assert [table.cost("decode", extent(n)) for n in (1, 3, 17, 33, 48)] == [1, 4, 32, 33, 48]
     assert table.cost("decode", extent(49)) is None  # the step limit
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
+def test_the_cheapest_shape_that_holds_a_batch_is_found(profile: Profile) -> None:
+    table = ShapeTable(profile.shapes(1024), replace(LIMITS, max_step_tokens=profile.max_step_tokens))
+    rng = random.Random(0)
+    listed = [b for b in table.policy.buckets if b.tokens <= profile.max_step_tokens]
+    num_found = 0
+    for _ in range(500):
+        batch = Extent()
+        phase: Phase = rng.choice(["prefill", "decode"])
+        for _ in range(rng.randint(1, profile.max_sequences)):
+            batch = batch.plus(1 if phase == "decode" else rng.randint(1, 60), rng.randint(1, 8), phase == "prefill")
+        holders = [b for b in listed if b.phase == phase and table._holds(b, batch)]
+        cheapest = min(holders, key=lambda b: (b.tokens, b.rows, b.context_blocks), default=None)
+        assert table.bucket(phase, batch) == cheapest
+        num_found += cheapest is not None
+    assert num_found > 20
 
 
 def test_hard_shapes_allow_nothing_that_is_not_listed() -> None:

@@ -11,14 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from tokenplane_api.text.answer_format import AnswerFormat, AnswerParser
+from tokenplane_api.text.answer_format import AnswerFormat
+from tokenplane_api.text.answer_parser import AnswerParser
 from tokenplane_api.text.chat_template import ChatTemplate
 from tokenplane_api.text.reasoning import REASONING_MARKS, ReasoningSplitter
 from tokenplane_api.text.tokenizer import TextTokenizer
-from tokenplane_api.text.tool_calls import TOOL_FORMATS, CallDelta, ToolCallParser
+from tokenplane_api.text.tool_calls import CallDelta, ToolCallParser
+from tokenplane_api.text.tool_formats import TOOL_FORMATS
 from tokenplane_core.backend.errors import ConfigError
 
-NAMES = frozenset({"get_weather", "add", "ping"})
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "get_weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "unit": {"enum": ["C", "F"]},
+            "note": {"type": ["string", "null"]},
+            "options": {"type": "object"},
+        },
+    },
+    "add": {},
+    "ping": {},
+}
 
 
 class Told:
@@ -53,7 +68,7 @@ class Told:
 
 def parser_of(kind: str, thinks: str | None = None, is_open: bool = False, **options: Any) -> AnswerParser:
     reasoning = ReasoningSplitter(REASONING_MARKS[thinks], is_open) if thinks else None
-    return AnswerParser(reasoning, ToolCallParser(TOOL_FORMATS[kind], NAMES, **options))
+    return AnswerParser(reasoning, ToolCallParser(TOOL_FORMATS[kind], PARAMETERS, **options))
 
 
 def read(pieces: Iterable[str], parser: AnswerParser) -> Told:
@@ -65,6 +80,9 @@ def read(pieces: Iterable[str], parser: AnswerParser) -> Told:
 
 
 WEATHER = '{"city": "Ber\\"lin}{", "days": [1, {"a": 2}], "x": "\\\\"}'
+CALLS, CALL, SEP, CALL_END, CALLS_END = (
+    f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")
+)
 ANSWERS: list[tuple[str, str, str, list[list[str]]]] = [
     ("hermes", "Just text.", "Just text.", []),
     ("hermes", " a <b> </tool_call> <tool_cal\n", " a <b> </tool_call> <tool_cal\n", []),
@@ -115,6 +133,54 @@ ANSWERS: list[tuple[str, str, str, list[list[str]]]] = [
      [["add", '{"a": 1}']]),
     ("json", '```json\n{"name": "Anna", "arguments": 1}\n```', '```json\n{"name": "Anna", "arguments": 1}\n```', []),
     ("json", "[1, 2, 3]", "[1, 2, 3]", []),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nSão \"P\"\n</parameter>\n"
+        "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+        "",
+        [["get_weather", '{"city": "São \\"P\\"", "days": 3}']],
+    ),
+    (
+        "qwen3_coder",
+        "Look:\n<tool_call><function=get_weather><parameter=city>a\n\nb</para </parameter>"
+        "<parameter=unit>\n\nF\n</parameter></function></tool_call>\n"
+        "<tool_call>\n<function=ping>\n</function>\n</tool_call> Bye",
+        "Look:Bye",
+        [["get_weather", '{"city": "a\\n\\nb</para ", "unit": "\\nF"}'], ["ping", "{}"]],
+    ),
+    (
+        "qwen3_coder",
+        '<tool_call>\n<function=add>\n<parameter=a>\n[1, {"b": 2}]\n</parameter>\n<parameter=b>\nTrue\n</parameter>\n'
+        "<parameter=c>\nfour\n</parameter>\n</function>\n</tool_call>",
+        "",
+        [["add", '{"a": [1, {"b": 2}], "b": true, "c": "four"}']],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call><function=get_weather><parameter=note>null</parameter><parameter=city>7</parameter>"
+        "<parameter=note>8</parameter></tool_call>",
+        "",
+        [["get_weather", '{"note": null, "city": "7", "note": "8"}']],
+    ),
+    ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nRo", "", [["get_weather", '{"city": "Ro']]),
+    ("qwen3_coder", "<tool_call>\n<function=get_wea", "<tool_call>\n<function=get_wea", []),
+    ("qwen3_coder", "<tool_call>\n<function=>\n", "<tool_call>\n<function=>\n", []),
+    ("qwen3_coder", '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>', "", [["add", "{}"]]),
+    (
+        "deepseek",
+        f"Ok.{CALLS}{CALL}function{SEP}get_weather\n```json\n{WEATHER}\n```{CALL_END}\n"
+        f"{CALL}function{SEP}ping\n```json\n{{}}\n```{CALL_END}{CALLS_END}",
+        "Ok.",
+        [["get_weather", WEATHER], ["ping", "{}"]],
+    ),
+    (
+        "deepseek",
+        f'{CALLS}{CALL}add{SEP}{{"a": 1}}{CALL_END}{CALL}ping{SEP}{{}}{CALL_END}{CALLS_END}',
+        "",
+        [["add", '{"a": 1}'], ["ping", "{}"]],
+    ),
+    ("deepseek", f"{CALL}add{SEP}{{}}{CALL_END}", "", [["add", "{}"]]),
+    ("deepseek", f"{CALLS}```{CALL_END} x", f"{CALLS}```{CALL_END} x", []),
     ("json", "", "", []),
     ("json", " \n", " \n", []),
 ]  # fmt: skip
@@ -138,6 +204,7 @@ def test_no_split_changes_what_is_found(kind: str, data: st.DataObject) -> None:
     parts = [
         opener, closer, "[", "]", ",", ";", " ", "\n", "{", "}", '"', "text", "name", "<", "add", "[ARGS]",
         '{"name": "add", "arguments": {"a": "}"}}', '{"name": "zzz", "parameters": {}}', '{"a": 1}', '"name": "ping"',
+        *TOOL_FORMATS[kind].all_marks, "<function=", "add>", "<parameter=", "a>", "</parameter>", "</function>",
         '{"name": "add", "arguments": ', "<tool_call>", "</tool_call>", "<think>", "</think>",
     ]  # fmt: skip
     text = "".join(data.draw(st.lists(st.sampled_from(parts), max_size=12)))
@@ -234,6 +301,9 @@ def format_of(template: str | None, tokens: tuple[str, ...] = (), **settings: st
         ("{{ tools }}", ("<tool_call>", "<think>"), "hermes", "<think>"),
         ("{{ tools }} [TOOL_CALLS] [THINK]", (), "mistral", "[THINK]"),
         ("{{ tools }}", ("<|python_tag|>",), "llama3_json", None),
+        ("{{ tools }} <tool_call> <function=...> <parameter=...>", ("<tool_call>",), "qwen3_coder", None),
+        ("{{ messages }}", (CALL, SEP, "<think>"), "deepseek", "<think>"),
+        ("{{ tools }} <tool_call>" + CALL, (), "deepseek", None),
         ("{{ tools }}", (), "json", None),
         ("{{ messages }}", (), "hermes", None),
         (None, (), "hermes", None),

@@ -6,7 +6,8 @@ Knows file names only; what is in the files is for `describe_model`, the tokeniz
 from .errors import DiskFull, HubUnreachable, ModelGated, ModelNotFound, NoSafetensors
 from .folder import check_model_folder, model_sha
 from .headers import remote_tensors
-from .resolve import resolve_model
+from .progress import Progress
+from .resolve import resolve_adapter, resolve_model
 
 __all__ = [
     "DiskFull",
@@ -14,8 +15,10 @@ __all__ = [
     "ModelGated",
     "ModelNotFound",
     "NoSafetensors",
+    "Progress",
     "check_model_folder",
     "model_sha",
     "remote_tensors",
+    "resolve_adapter",
     "resolve_model",
 ]

@@ -40,7 +40,7 @@ def explain(repo: Repo, error: Exception) -> Exception:
             return _explain_access(repo, error)
         case RevisionNotFoundError():
             return ModelNotFound(
-                f"model {repo.model_id!r} has no revision {repo.revision!r}; give a branch, tag or commit from"
+                f"{repo.kind} {repo.model_id!r} has no revision {repo.revision!r}; give a branch, tag or commit from"
                 f" {repo.endpoint}/{repo.model_id}/commits"
             )
         case HFValidationError():
@@ -71,8 +71,8 @@ def _explain_access(repo: Repo, error: RepositoryNotFoundError) -> Exception:
         return ModelGated(f"{repo} is gated: accept its terms at {repo.endpoint}/{repo.model_id}; {next_step}")
     next_step = "check that the token that was sent may read it" if has_token else "set HF_TOKEN to a token that may"
     return ModelNotFound(
-        f"{repo.endpoint} has no model {repo.model_id!r}. Check the spelling (organisation/name); if it is private,"
-        f" {next_step}"
+        f"{repo.endpoint} has no {repo.kind} {repo.model_id!r}. Check the spelling (organisation/name); if it is"
+        f" private, {next_step}"
     )
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from tokenplane_core.adapter_files import CONFIG, WEIGHTS
+
 from .errors import ModelNotFound, NoSafetensors
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -51,6 +53,27 @@ def check_names(where: str, names: Iterable[str], needs_weights: bool = True) ->
             " loaded. Convert them to safetensors, for example with transformers: from_pretrained, save_pretrained"
         )
     raise NoSafetensors(f"{where} has no *.safetensors weights, only {', '.join(names)}")
+
+
+ADAPTER_FILES = (CONFIG, WEIGHTS)
+
+
+def check_adapter_folder(folder: Path) -> Path:
+    """Return `folder` if it holds a LoRA adapter, by the names of its files. Raises ModelNotFound."""
+    if not folder.is_dir():
+        kind = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ModelNotFound(f"adapter folder {folder} {kind}; give a folder with {CONFIG}, or an id like org/name")
+    check_adapter_names(str(folder), [file.name for file in folder.iterdir()])
+    return folder
+
+
+def check_adapter_names(where: str, names: Iterable[str]) -> None:
+    """Raises ModelNotFound if `where`, with these files, is no adapter."""
+    if missing := [name for name in ADAPTER_FILES if name not in names]:
+        raise ModelNotFound(
+            f"{where} has no {missing[0]}: not a LoRA adapter as the peft library writes one"
+            " (save_pretrained, with safetensors)"
+        )
 
 
 def _check_shards(folder: Path, names: set[str]) -> None:

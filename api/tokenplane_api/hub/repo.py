@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -33,9 +34,10 @@ class Repo:
     cache_dir: Path
     endpoint: str
     patterns: tuple[str, ...]  # which files to have
+    kind: Literal["model", "adapter"] = "model"
 
     def __str__(self) -> str:
-        return f"model {self.model_id!r}" + (f" (revision {self.revision!r})" if self.revision else "")
+        return f"{self.kind} {self.model_id!r}" + (f" (revision {self.revision!r})" if self.revision else "")
 
     @property
     def blobs(self) -> Path:

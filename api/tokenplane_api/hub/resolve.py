@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, Revi
 
 from .errors import DiskFull, HubUnreachable, Transient
 from .explain import MORE_ROOM, explain
-from .folder import check_model_folder, check_names
+from .folder import ADAPTER_FILES, check_adapter_folder, check_adapter_names, check_model_folder, check_names
 from .progress import Progress, ProgressLines, format_size, silence_progress_bars
 from .repo import CODE, FILES, WEIGHTS, Repo, is_excluded
 
@@ -45,10 +45,7 @@ def resolve_model(
     Raises:
         ModelNotFound, ModelGated, HubUnreachable, DiskFull, NoSafetensors: all of them `ConfigError`s.
     """
-    path = Path(model_id).expanduser()
-    if path.exists() or model_id.startswith(("/", "./", "../", "~")):
-        if revision is not None:
-            progress(f"revision {revision!r} is ignored: {path} is a local folder")
+    if (path := _local(model_id, revision, progress)) is not None:
         return check_model_folder(path, needs_weights)
     repo = Repo(
         model_id=model_id,
@@ -60,6 +57,42 @@ def resolve_model(
     )
     silence_progress_bars()
     return check_model_folder(_fetch_patiently(repo, progress, retry_delays_s), needs_weights)
+
+
+def resolve_adapter(
+    adapter_id: str,
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    endpoint: str | None = None,
+    progress: Progress = print,
+    retry_delays_s: Sequence[float] = (1, 2, 4, 8),
+) -> Path:
+    """The folder that holds a LoRA adapter; arguments, changes and errors as of `resolve_model`."""
+    if (path := _local(adapter_id, revision, progress)) is not None:
+        return check_adapter_folder(path)
+    repo = Repo(
+        model_id=adapter_id,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir or Path(constants.HF_HUB_CACHE),
+        endpoint=(endpoint or constants.ENDPOINT).rstrip("/"),
+        patterns=ADAPTER_FILES,
+        kind="adapter",
+    )
+    silence_progress_bars()
+    return check_adapter_folder(_fetch_patiently(repo, progress, retry_delays_s))
+
+
+def _local(where: str, revision: str | None, progress: Progress) -> Path | None:
+    """The path, if it is one and no id."""
+    path = Path(where).expanduser()
+    if not (path.exists() or where.startswith(("/", "./", "../", "~"))):
+        return None
+    if revision is not None:
+        progress(f"revision {revision!r} is ignored: {path} is a local folder")
+    return path
 
 
 def _fetch_patiently(repo: Repo, progress: Progress, retry_delays_s: Sequence[float]) -> Path:
@@ -83,8 +116,11 @@ def _fetch(repo: Repo, progress: Progress) -> Path:
         info = repo.info()
     except Exception as error:
         return _from_cache(repo, error, progress)
-    names = (file.rfilename for file in info.siblings or [])
-    check_names(str(repo), [name for name in names if not is_excluded(name)], WEIGHTS in repo.patterns)
+    names = [file.rfilename for file in info.siblings or [] if not is_excluded(file.rfilename)]
+    if repo.kind == "adapter":
+        check_adapter_names(str(repo), names)
+    else:
+        check_names(str(repo), names, WEIGHTS in repo.patterns)
     missing_bytes = repo.missing_bytes(info)
     _check_disk(repo, missing_bytes)
     try:

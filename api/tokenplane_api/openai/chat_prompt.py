@@ -11,7 +11,7 @@ import msgspec
 
 from ..errors import TEMPLATE, ApiError, invalid
 from ..service import Service
-from ..text.tool_calls import ToolFormat
+from ..text.tool_formats import ToolFormat
 from .schemas import ChatRequest, Message, ToolCall
 from .tools import ToolUse
 
@@ -200,6 +200,9 @@ def _describe(messages: list[dict[str, Any]], tools: ToolUse, tool_prompt: str |
 
 
 def _call_text(function: dict[str, Any], kind: ToolFormat) -> str:
+    if kind.written:
+        arguments = msgspec.json.encode(function["arguments"]).decode()
+        return kind.written.format(name=function["name"], arguments=arguments)
     opener, closer = kind.marks[0]
     return f"{opener}\n{msgspec.json.encode(function).decode()}\n{closer}".rstrip()
 

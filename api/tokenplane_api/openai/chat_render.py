@@ -8,7 +8,7 @@ from typing import Any
 
 from ..generation import FinishReason, GeneratedToken, Generation, Output, Piece
 from ..streaming import encode_line
-from ..text.answer_format import AnswerParser
+from ..text.answer_parser import AnswerParser
 from ..text.tokenizer import TextTokenizer
 from ..text.tool_calls import CallDelta, Delta
 from .convert import Prepared

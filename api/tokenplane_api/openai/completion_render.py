@@ -44,7 +44,8 @@ class CompletionRenderer(Renderer):
         if not (text or logprobs or piece.finish_reason):
             return b""
         finish_reason = FINISH[piece.finish_reason] if piece.finish_reason else None
-        return self._chunk(frame, b'"text":%b' % encode_line(text), encode_line(logprobs), finish_reason)
+        line = b"null" if logprobs is None else encode_line(logprobs)
+        return self._chunk(frame, b'"text":%b' % encode_line(text), line, finish_reason)
 
     def _echo_logprobs(self, generation: Generation) -> dict[str, Any]:
         """Of the prompt, in the same four lists; nothing is known of the first token, and of no alternatives."""

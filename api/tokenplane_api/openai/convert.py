@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from tokenplane_core.client_adapters import LoadedAdapter
 from tokenplane_core.messages import Grammar, SamplingParams
 
 from ..checks import (
@@ -16,16 +17,15 @@ from ..checks import (
     check_repetition_penalty,
     check_stops,
     draw_seed,
+    is_one_of,
     usable_temperature,
 )
 from ..errors import NOT_FOUND, ApiError, invalid
 from ..generation import GenerationSpec
 from ..service import Service
 from ..settings import Limits
-from ..structured import VLLM_FIELDS, at_most_one, from_openai, from_vllm
-from ..text.answer_format import AnswerParser
-from ..text.reasoning import ReasoningSplitter
-from ..text.tool_calls import ToolCallParser
+from ..structured import VLLM_FIELDS, at_most_one, either, from_openai, from_vllm
+from ..text.answer_parser import AnswerParser
 from .chat_prompt import num_characters, render_chat
 from .prompts import encode_prompts
 from .schemas import NEUTRAL, ChatRequest, CompletionRequest, SamplingFields
@@ -38,15 +38,25 @@ MAX_TOP_LOGPROBS = 20
 _CONTEXT = "context_length_exceeded"
 
 
-def check_model(name: str | None, service: Service) -> None:
-    """Refuse any name but the served model's; "tgi" is what TGI's users send. Raises ApiError 404."""
-    if name and name not in service.settings.accepted_names:
+def adapter_of(name: str | None, service: Service) -> LoadedAdapter | None:
+    """The adapter that `model` names; None for the served model's own names, "tgi" (of TGI's users) among them.
+
+    Raises:
+        ApiError: 404, nothing here has that name.
+    """
+    if not name or name in service.settings.accepted_names:
+        return None
+    adapter = service.engine.adapters.find(name)
+    if adapter is None:
+        others = len(service.engine.adapters)
+        adapters = f" and {others} adapters, listed at /v1/models" if others else ""
         raise ApiError(
             NOT_FOUND,
-            f"the model `{name}` does not exist here; this server has `{service.settings.public_name}`",
+            f"the model `{name}` does not exist here; this server has `{service.settings.public_name}`{adapters}",
             "model",
             "model_not_found",
         )
+    return adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +77,7 @@ class Prepared:
 
 async def prepare_chat(request: ChatRequest, service: Service) -> Prepared:
     limits = service.require_ready()
-    check_model(request.model, service)
+    adapter = adapter_of(request.model, service)
     _refuse_unsupported(request)
     max_tokens = _one_of(request, "max_completion_tokens", "max_tokens")
     sampling = _sampling(request, service, _num_chat_logprobs(request))
@@ -75,12 +85,10 @@ async def prepare_chat(request: ChatRequest, service: Service) -> Prepared:
     grammar = _grammar(request, tools, service)
     text = await service.in_worker(num_characters(request), lambda: render_chat(request, tools, service))
     format = service.answer_format
-    opens_reasoning = format.opens_reasoning(text)
-    if opens_reasoning and grammar is not None:
-        text = format.without_reasoning(text)
+    if grammar is not None:
+        text = format.for_prescribed(text)
     prompt_ids = await service.encode(text, add_special_tokens=False)
-    marks = format.reasoning if grammar is None else None
-    parses = tools is not None or marks is not None
+    parses = format.needs_parser(tools is not None, grammar is not None)
     spec = GenerationSpec(
         prompt_text=text,
         prompt_ids=prompt_ids,
@@ -92,13 +100,12 @@ async def prepare_chat(request: ChatRequest, service: Service) -> Prepared:
         grammar=grammar,
         grammar_field=_grammar_field(request, tools),
         wants_tokens=sampling.num_logprobs >= 0,
+        adapter=adapter,
     )
 
     def new_parser() -> AnswerParser:
-        return AnswerParser(
-            ReasoningSplitter(marks, opens_reasoning) if marks else None,
-            ToolCallParser(format.tools, tools.names, tools.max_calls, is_forced=tools.is_forced) if tools else None,
-        )
+        parameters, max_calls = (tools.parameters, tools.max_calls) if tools else (None, None)
+        return format.new_parser(text, parameters, max_calls, is_prescribed=grammar is not None)
 
     return Prepared(
         specs=_choices(spec, request.n or 1),
@@ -111,7 +118,7 @@ async def prepare_chat(request: ChatRequest, service: Service) -> Prepared:
 
 async def prepare_completion(request: CompletionRequest, service: Service) -> Prepared:
     limits = service.require_ready()
-    check_model(request.model, service)
+    adapter = adapter_of(request.model, service)
     _refuse_unsupported(request)
     num_choices = request.n or 1
     num_candidates = _best_of(request, service)
@@ -132,6 +139,7 @@ async def prepare_completion(request: CompletionRequest, service: Service) -> Pr
             grammar_field=_grammar_field(request, None),
             wants_tokens=sampling.num_logprobs >= 0,
             wants_prompt_logprobs=bool(request.echo) and request.logprobs is not None,
+            adapter=adapter,
         )
         specs += _choices(spec, num_candidates)
         echoes += [text or service.tokenizer.decode(prompt_ids)] * num_candidates
@@ -184,18 +192,14 @@ def _num_logprobs(request: CompletionRequest, num_candidates: int) -> int:
 
 
 def _grammar(request: SamplingFields, tools: ToolUse | None, service: Service) -> Grammar | None:
-    """What the answer must be, if anything: a forced call, or what the client's words for it say."""
+    """What the answer must be, if anything: a forced call, or what the client's words for it say, or a call instead."""
     vllm = from_vllm({name: getattr(request, name) for name in VLLM_FIELDS})
     field = _grammar_field(request, None)
     grammar = at_most_one(response_format=from_openai(request.response_format), **({field: vllm} if vllm else {}))
-    if grammar is not None and tools is not None:
-        raise invalid(
-            f"`tools` and `{field}` exclude each other: the answer is either free to call or prescribed; leave one out,"
-            " or set `tool_choice` to 'none'",
-            field,
-        )
-    if tools is not None and tools.is_forced:
+    if tools is not None and tools.is_forced:  # then no answer is left for a format to be about
         field, grammar = "tool_choice", calls_grammar(tools, service.answer_format.tools)
+    elif tools is not None and grammar is not None:
+        grammar = either(calls_grammar(tools, service.answer_format.tools), grammar, field)
     if grammar is not None and service.settings.disable_grammar_support:
         raise invalid(f"`{field}` needs grammars, which the operator has disabled (--disable-grammar-support)", field)
     return grammar
@@ -203,7 +207,7 @@ def _grammar(request: SamplingFields, tools: ToolUse | None, service: Service) -
 
 def _grammar_field(request: SamplingFields, tools: ToolUse | None) -> str:
     """The field that `_grammar` was made from."""
-    if tools is not None:
+    if tools is not None and tools.is_forced:
         return "tools"
     return next((name for name in VLLM_FIELDS if getattr(request, name) is not None), "response_format")
 
@@ -230,13 +234,13 @@ def _room(field: str, num_prompt_tokens: int, max_tokens: int | None, limits: Li
 def _refuse_unsupported(request: ChatRequest | CompletionRequest) -> None:
     for name, neutral in NEUTRAL.items():
         value = getattr(request, name, None)
-        if value is not None and value not in neutral:
+        if value is not None and not is_one_of(value, neutral):
             shown = msgspec.json.encode(value).decode()
             shown = shown if len(shown) <= 60 else shown[:57] + "..."
             raise invalid(
                 f"`{name}` is not supported; the value is {shown}, leave it out", name, "unsupported_parameter"
             )
-    if isinstance(request, ChatRequest) and request.best_of not in (None, 1):
+    if isinstance(request, ChatRequest) and not is_one_of(request.best_of, (None, 1)):
         raise invalid(
             "`best_of` is not supported on this route, only on /v1/completions", "best_of", "unsupported_parameter"
         )

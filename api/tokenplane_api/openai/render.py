@@ -153,8 +153,10 @@ class _LogprobHolder:
         self._num_sent_chars = 0
 
     def release(self, piece: Piece) -> list[GeneratedToken]:
-        self._held += piece.tokens
         self._num_sent_chars += len(piece.text)
+        if not (piece.tokens or self._held):
+            return []
+        self._held += piece.tokens
         ends = piece.finish_reason is not None and piece.finish_reason != "stop_sequence"
         ready = [token for token in self._held if not token.is_stop and (ends or token.start < self._num_sent_chars)]
         self._held = [] if ends else self._held[len(ready) :]

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from ..checks import is_one_of
 from ..errors import ApiError, invalid
 from ..service import Service
 from .convert import Prepared, prepare_chat
@@ -47,7 +48,7 @@ def _name_here(text: str) -> str:
 def _refuse_unsupported(request: ResponsesRequest) -> None:
     for name, neutral in NEUTRAL.items():
         value = getattr(request, name)
-        if value is not None and value not in neutral:
+        if value is not None and not is_one_of(value, neutral):
             shown = msgspec.json.encode(value).decode()[:60]
             instead = INSTEAD.get(name, "leave it out")
             raise invalid(f"`{name}` is not supported; the value is {shown}: {instead}", name, "unsupported_parameter")

@@ -11,7 +11,7 @@ import msgspec
 from ..errors import ApiError
 from ..generation import FinishReason, Generation, Output, merge
 from ..streaming import encode_line
-from ..text.answer_format import AnswerParser
+from ..text.answer_parser import AnswerParser
 from ..text.tokenizer import TextTokenizer
 from ..text.tool_calls import CallDelta, Delta, TextDelta
 from .convert import Prepared

@@ -7,17 +7,22 @@ import time
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from tokenplane_core.client_adapters import LoadedAdapter
+
 from .. import __version__
 from ..body import read_json
-from ..errors import NOT_FOUND, ApiError
+from ..errors import NOT_FOUND, TEMPLATE, ApiError
 from ..generation import accepted, collect
 from ..headers import answer_headers, compute_type, stream_headers
+from ..operations import GENERATES, Operation
 from ..request_scope import record_of
 from ..service import Service, begin
 from ..streaming import EventStream, unless_client_leaves
+from . import answers
+from .answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, Model, ModelList, ResponseEvent
 from .chat_render import ChatRenderer
 from .completion_render import CompletionRenderer
-from .convert import Prepared, prepare_chat, prepare_completion
+from .convert import Prepared, adapter_of, prepare_chat, prepare_completion
 from .render import Head, Renderer, error_events
 from .responses_convert import prepare_response
 from .responses_render import ResponseRenderer
@@ -37,7 +42,16 @@ _OTHER_SERVICES = ("embeddings", "rerank", "score", "classify", "moderations", "
 
 
 @router.post("/chat/completions")
+@Operation(
+    id="chat_completions",
+    tag="OpenAI",
+    takes=(ChatRequest,),
+    answers=(ChatCompletion,),
+    events=(ChatCompletionChunk,),
+    errors=(*GENERATES, NOT_FOUND, TEMPLATE),
+)
 async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
     service = begin(request)
     body = await read_json(request, _chat_decoder, service.settings.payload_limit_bytes)
     prepared = await prepare_chat(body, service)
@@ -45,7 +59,16 @@ async def chat_completions(request: Request) -> Response:
 
 
 @router.post("/completions")
+@Operation(
+    id="completions",
+    tag="OpenAI",
+    takes=(CompletionRequest,),
+    answers=(Completion,),
+    events=(CompletionChunk,),
+    errors=(*GENERATES, NOT_FOUND),
+)
 async def completions(request: Request) -> Response:
+    """Continue texts."""
     service = begin(request)
     body = await read_json(request, _completion_decoder, service.settings.payload_limit_bytes)
     prepared = await prepare_completion(body, service)
@@ -53,13 +76,22 @@ async def completions(request: Request) -> Response:
 
 
 @router.post("/responses")
+@Operation(
+    id="responses",
+    tag="OpenAI",
+    takes=(ResponsesRequest,),
+    answers=(answers.Response,),
+    events=(ResponseEvent,),
+    errors=(*GENERATES, NOT_FOUND, TEMPLATE),
+)
 async def responses(request: Request) -> Response:
+    """Answer a conversation in OpenAI's newer shape. Nothing is stored: every request brings all of it."""
     service = begin(request)
     body = await read_json(request, _responses_decoder, service.settings.payload_limit_bytes)
     prepared = await prepare_response(body, service)
     record = record_of(request)
     generations = service.generate(prepared.specs, record, "input")
-    head = _head(service, record.request_id)
+    head = _head(service, record.request_id, prepared.specs[0].adapter)
     renderer = ResponseRenderer(head, generations[0], prepared, service.tokenizer, body)
     kind = compute_type(service.engine.info, service.settings.compute_type)
     if body.stream:
@@ -74,16 +106,20 @@ async def responses(request: Request) -> Response:
 
 
 @router.get("/models")
+@Operation(id="openai_get_model_info", tag="OpenAI", answers=(ModelList,))
 async def models(request: Request) -> Response:
-    return _json({"object": "list", "data": [_model(request.app.state.service)]})
+    """What is served: the model, then its adapters."""
+    service: Service = request.app.state.service
+    adapters = [_model(service, adapter) for adapter in service.engine.adapters]
+    return _json(ModelList(object="list", data=[_model(service), *adapters]))
 
 
 @router.get("/models/{name:path}")
+@Operation(id="openai_get_model", tag="OpenAI", answers=(Model,), errors=(NOT_FOUND,))
 async def model(request: Request, name: str) -> Response:
+    """One model, by any name that requests may call it."""
     service: Service = request.app.state.service
-    if name not in service.settings.accepted_names:
-        raise ApiError(NOT_FOUND, f"the model `{name}` does not exist here", "model", "model_not_found")
-    return _json(_model(service))
+    return _json(_model(service, adapter_of(name, service)))
 
 
 async def _not_served(request: Request) -> Response:
@@ -97,7 +133,7 @@ async def _not_served(request: Request) -> Response:
 
 for _name in _OTHER_SERVICES:
     for _path in (f"/{_name}", f"/{_name}/{{rest:path}}"):
-        router.add_api_route(_path, _not_served, methods=["GET", "POST", "DELETE"])
+        router.add_api_route(_path, _not_served, methods=["GET", "POST", "DELETE"], include_in_schema=False)
 
 
 async def _answer(
@@ -111,7 +147,7 @@ async def _answer(
     """Run what was prepared; answer whole or as a stream. Until a stream starts, errors are ordinary HTTP errors."""
     record = record_of(request)
     generations = service.generate(prepared.specs, record, count_field)
-    head = _head(service, record.request_id)
+    head = _head(service, record.request_id, prepared.specs[0].adapter)
     renderer = renderer_type(head, generations, prepared, service.tokenizer)
     kind = compute_type(service.engine.info, service.settings.compute_type)
     if body.stream:
@@ -125,8 +161,9 @@ async def _answer(
     return Response(renderer.answer(outputs), media_type="application/json", headers=headers)
 
 
-def _head(service: Service, request_id: str) -> Head:
-    return Head.now(request_id, service.settings.public_name, f"{__version__}-{service.engine.info.backend}")
+def _head(service: Service, request_id: str, adapter: LoadedAdapter | None) -> Head:
+    name = service.settings.public_name if adapter is None else adapter.name
+    return Head.now(request_id, name, f"{__version__}-{service.engine.info.backend}")
 
 
 def _count_field(body: CompletionRequest) -> str:
@@ -136,12 +173,11 @@ def _count_field(body: CompletionRequest) -> str:
     return "n" if (body.n or 1) > 1 else "prompt"
 
 
-def _model(service: Service) -> dict[str, object]:
+def _model(service: Service, adapter: LoadedAdapter | None = None) -> Model:
     name = service.settings.public_name
-    found: dict[str, object] = {"id": name, "object": "model", "created": _STARTED, "owned_by": name}
-    if service.limits is not None:
-        found["max_model_len"] = service.limits.max_total_tokens  # vLLM's field; clients read it
-    return found
+    most = msgspec.UNSET if service.limits is None else service.limits.max_total_tokens
+    found = Model(id=name, object="model", created=_STARTED, owned_by=name, max_model_len=most)
+    return found if adapter is None else msgspec.structs.replace(found, id=adapter.name, parent=name)
 
 
 def _json(value: object) -> Response:

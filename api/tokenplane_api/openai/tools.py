@@ -10,7 +10,7 @@ from tokenplane_core.messages import Grammar
 
 from ..errors import invalid
 from ..structured import tool_call_grammar
-from ..text.tool_calls import ToolFormat
+from ..text.tool_formats import ToolFormat
 from .schemas import ChatRequest, Function, Tool
 
 MAX_TOOLS = 128
@@ -31,8 +31,9 @@ class ToolUse:
     max_calls: int | None
 
     @property
-    def names(self) -> frozenset[str]:
-        return frozenset(function["name"] for function in self.functions)
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """JSON Schemas by the functions' names."""
+        return {function["name"]: function["parameters"] for function in self.functions}
 
     @property
     def for_template(self) -> list[dict[str, Any]]:

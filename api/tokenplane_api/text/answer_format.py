@@ -5,29 +5,35 @@ Decided once, from the chat template and the vocabulary; the operator may overru
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tokenplane_core.backend.errors import ConfigError
 
+from .answer_parser import AnswerParser
 from .chat_template import ChatTemplate
+from .harmony import ASSISTANT, CHANNEL, FINAL, MARKS, HarmonyParser
 from .reasoning import REASONING_MARKS, ReasoningSplitter
 from .tokenizer import TextTokenizer
-from .tool_calls import TOOL_FORMATS, Delta, TextDelta, ToolCallParser, ToolFormat
+from .tool_calls import ToolCallParser
+from .tool_formats import TOOL_FORMATS, ToolFormat
 
-AUTO, NONE = "auto", "none"
-
-_MARKS_IN_CALLS = ("[ARGS]", "[CALL_ID]")
+AUTO, NONE, HARMONY = "auto", "none", "harmony"
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """tools: the notation for calls. reasoning: the marks around thoughts, or None. shown_ids: special tokens that
-    must stay in the text for the parsers to see."""
+    """tools: the notation for calls; with channels only of those that a grammar forces. reasoning: the marks around
+    thoughts, or None. shown_ids: special tokens that must stay in the text for the parsers to see. has_channels:
+    answers are in harmony's format. tells_thoughts: they come apart, where marks or channels show them.
+    """
 
     tools: ToolFormat
     reasoning: tuple[str, str] | None
     shown_ids: frozenset[int]
+    has_channels: bool = False
+    tells_thoughts: bool = True
 
     @classmethod
     def of_model(
@@ -40,54 +46,62 @@ class AnswerFormat:
         """Look at what the model was trained with, unless the operator names a notation.
 
         Raises:
-            ConfigError: there is no notation of that name.
+            ConfigError: there is no notation of that name, or the two exclude each other.
         """
         source = template.source if template else ""
-        tools = TOOL_FORMATS[
-            _named("--tool-call-parser", tool_call_parser, TOOL_FORMATS) or _tool_format(tokenizer, template, source)
-        ]
-        name = _named("--reasoning-parser", reasoning_parser, (NONE, *REASONING_MARKS))
+        kind = _named("--tool-call-parser", tool_call_parser, (*TOOL_FORMATS, HARMONY))
+        kind = kind or _tool_format(tokenizer, template, source)
+        name = _named("--reasoning-parser", reasoning_parser, (NONE, *REASONING_MARKS, HARMONY))
+        if kind == HARMONY:
+            if name not in (None, NONE, HARMONY):
+                raise ConfigError(f"--reasoning-parser is {name!r}; with harmony it may be {AUTO}, {NONE} or {HARMONY}")
+            return cls(TOOL_FORMATS["json"], None, _ids(tokenizer, MARKS), True, name != NONE)
+        if name == HARMONY:
+            raise ConfigError(f"--reasoning-parser is {HARMONY!r}; that needs --tool-call-parser {HARMONY}")
         name = name or _reasoning_marks(tokenizer, source)
         reasoning = REASONING_MARKS[name] if name != NONE else None
-        marks = [*(mark for pair in tools.marks for mark in pair), *(reasoning or ()), *_MARKS_IN_CALLS]
-        ids = (tokenizer.token_id(mark) for mark in marks)
-        return cls(tools, reasoning, frozenset(id for id in ids if id is not None))
+        tools = TOOL_FORMATS[kind]
+        return cls(tools, reasoning, _ids(tokenizer, (*tools.all_marks, *(reasoning or ()))))
 
     def opens_reasoning(self, prompt_text: str) -> bool:
         """Whether the prompt ends inside thoughts, as the templates of some families have it."""
         return self.reasoning is not None and prompt_text.rstrip().endswith(self.reasoning[0])
 
-    def without_reasoning(self, prompt_text: str) -> str:
-        """A prompt that opens thoughts, with them closed again: for answers that leave no room for any."""
-        return f"{prompt_text.rstrip()}\n\n{self.reasoning[1]}\n\n" if self.reasoning else prompt_text
+    def for_prescribed(self, prompt_text: str) -> str:
+        """The prompt of an answer that a grammar prescribes: it leaves no room for thoughts and channels."""
+        if self.has_channels and prompt_text.endswith(ASSISTANT):
+            return prompt_text + FINAL
+        if self.reasoning is not None and self.opens_reasoning(prompt_text):
+            return f"{prompt_text.rstrip()}\n\n{self.reasoning[1]}\n\n"
+        return prompt_text
+
+    def needs_parser(self, has_tools: bool, is_prescribed: bool) -> bool:
+        """Whether an answer may be more than text."""
+        return has_tools or self.has_channels or (self.reasoning is not None and not is_prescribed)
+
+    def new_parser(
+        self,
+        prompt_text: str,
+        parameters: Mapping[str, Mapping[str, Any]] | None,
+        max_calls: int | None = None,
+        *,
+        is_prescribed: bool = False,
+    ) -> AnswerParser:
+        """For one answer to `prompt_text`. parameters: JSON Schemas by the tools' names, None without tools."""
+        tools = reasoning = None
+        if parameters is not None and (is_prescribed or not self.has_channels):
+            tools = ToolCallParser(self.tools, parameters, max_calls, is_forced=is_prescribed)
+        if self.has_channels:
+            most = max_calls if parameters is not None else 0
+            return HarmonyParser(prompt_text, tools, most, self.tells_thoughts)
+        if self.reasoning is not None and not is_prescribed:
+            reasoning = ReasoningSplitter(self.reasoning, self.opens_reasoning(prompt_text))
+        return AnswerParser(reasoning, tools)
 
 
-class AnswerParser:
-    """Turns the text of one answer into deltas: thoughts, then text and calls."""
-
-    def __init__(self, reasoning: ReasoningSplitter | None, tools: ToolCallParser | None) -> None:
-        self._reasoning = reasoning
-        self._tools = tools
-
-    def push(self, text: str) -> list[Delta]:
-        if self._reasoning is None:
-            return self._answer(text)
-        thoughts, answer = self._reasoning.push(text)
-        return self._deltas(thoughts, answer)
-
-    def flush(self) -> list[Delta]:
-        """What was held back, once the answer is over."""
-        deltas = self._deltas(*self._reasoning.flush()) if self._reasoning else []
-        return deltas + (self._tools.flush() if self._tools else [])
-
-    def _deltas(self, thoughts: str, answer: str) -> list[Delta]:
-        found: list[Delta] = [TextDelta(thoughts, is_reasoning=True)] if thoughts else []
-        return found + self._answer(answer)
-
-    def _answer(self, text: str) -> list[Delta]:
-        if not text:
-            return []
-        return self._tools.push(text) if self._tools else [TextDelta(text)]
+def _ids(tokenizer: TextTokenizer, marks: Collection[str]) -> frozenset[int]:
+    ids = (tokenizer.token_id(mark) for mark in marks)
+    return frozenset(id for id in ids if id is not None)
 
 
 def _named(flag: str, name: str, known: Collection[str]) -> str | None:
@@ -102,8 +116,14 @@ def _tool_format(tokenizer: TextTokenizer, template: ChatTemplate | None, source
     def knows(mark: str) -> bool:
         return mark in source or tokenizer.token_id(mark) is not None
 
+    if knows(CHANNEL):
+        return HARMONY
+    if knows("<｜tool▁call▁begin｜>"):
+        return "deepseek"
     if knows("[TOOL_CALLS]"):
         return "mistral"
+    if "<function=" in source and "<parameter=" in source:
+        return "qwen3_coder"
     if knows("<tool_call>"):
         return "hermes"
     if knows("<|python_tag|>"):

@@ -47,6 +47,7 @@ class TextTokenizer:
         self.byte_tokens = _byte_tokens(tokenizer) if "ByteFallback" in decoder_types else {}
         """The tokens that stand for one raw byte, in vocabularies that fall back to bytes."""
         self._byte_of = _byte_alphabet()
+        self._token_bytes: dict[int, bytes] = {}  # of the tokens that were asked for
         # Decoders strip the space in front of the first token; behind this ordinary token they keep it.
         anchor = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor, self._anchor_text = anchor, tokenizer.decode(anchor, skip_special_tokens=False)
@@ -103,6 +104,12 @@ class TextTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of the one token: where tokens cut characters, joining these loses nothing."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            known = self._token_bytes[token_id] = self._find_bytes(token_id)
+        return known
+
+    def _find_bytes(self, token_id: int) -> bytes:
         if token_id in self.byte_tokens:
             return self.byte_tokens[token_id]
         if not self.is_byte_level:

@@ -6,65 +6,21 @@ the deltas add up to the same contents and the same calls.
 
 from __future__ import annotations
 
-import re
-import secrets
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .json_calls import WHITESPACE, CallReader
 from .stop_strings import overlap
+from .tool_formats import ToolFormat
+from .xml_calls import FUNCTION, XmlCallReader
 
 _SEPARATORS = frozenset(WHITESPACE + "[],;")
 """What may stand around calls: lists of them, and the semicolons of Llama."""
 
 _AFTER_CALL = WHITESPACE + "],;"
 
-_NAME = re.compile(r"\s*([\w.\-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?")
-_MOST_NAME_CHARS = 200
-
-
-@dataclass(frozen=True, slots=True)
-class ToolFormat:
-    """A notation for calls.
-
-    marks: what stands before calls, each with what stands behind them ("" for nothing). is_bare: an answer may begin
-    with a call, without a mark. has_names: behind a mark may stand a name and the arguments alone. id_chars: how many
-    the id of a call has; templates of some families insist. forced: what is written before, between and after calls
-    that a grammar forces; a grammar cannot ask for special tokens. arguments_key: what the family calls arguments.
-    """
-
-    name: str
-    marks: tuple[tuple[str, str], ...]
-    is_bare: bool = False
-    has_names: bool = False
-    id_chars: int = 24
-    forced: tuple[str, str, str] = ("[", ", ", "]")
-    arguments_key: str = "arguments"
-
-    def new_id(self) -> str:
-        digits = secrets.token_hex(self.id_chars // 2 + 1)[: self.id_chars]
-        return f"call_{digits}" if self.id_chars > 9 else digits
-
-
-TOOL_FORMATS = {
-    kind.name: kind
-    for kind in (
-        ToolFormat(
-            "hermes",
-            (("<tool_call>", "</tool_call>"),),
-            forced=("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
-        ),
-        ToolFormat(
-            "llama3_json",
-            (("<|python_tag|>", ""),),
-            is_bare=True,
-            forced=("", "; ", ""),
-            arguments_key="parameters",
-        ),
-        ToolFormat("mistral", (("[TOOL_CALLS]", ""),), has_names=True, id_chars=9),
-        ToolFormat("json", (("```json", "```"), ("<tool_call>", "</tool_call>")), is_bare=True),
-    )
-}
+_MOST_HEADER_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +48,26 @@ class ToolCallParser:
     """Turns the text of one answer into deltas."""
 
     def __init__(
-        self, format: ToolFormat, names: Collection[str], max_calls: int | None = None, *, is_forced: bool = False
+        self,
+        format: ToolFormat,
+        parameters: Mapping[str, Mapping[str, Any]],
+        max_calls: int | None = None,
+        *,
+        is_forced: bool = False,
     ) -> None:
-        """names: of the tools; where calls need no mark, only what has one of them is a call.
+        """parameters: JSON Schemas by the tools' names; where calls need no mark, only what has such a name is a call.
 
-        max_calls: calls beyond that are left out. is_forced: the answer is nothing but calls without marks.
+        max_calls: calls beyond that are left out. is_forced: the answer may begin with calls without marks.
         """
         self._format = format
-        self._names = names
+        self._parameters = parameters
         self._max_calls = max_calls
         self._num_calls = 0
-        self._reader: CallReader | None = None
+        self._reader: CallReader | XmlCallReader | None = None
         self._buffer = ""
         self._between = ""  # marks and separators that become text again if no call follows
         self._call_text = ""  # what the reader took of a call that may still turn out to be none
-        self._may_be_name = False
+        self._may_be_header = False
         self._checks_name = format.is_bare or is_forced
         self._closer = ""
         self._in_calls = format.is_bare or is_forced  # between calls, as opposed to in text
@@ -163,7 +124,7 @@ class ToolCallParser:
         return True
 
     def _enter(self, closer: str) -> None:
-        self._closer, self._may_be_name = closer, self._format.has_names
+        self._closer, self._may_be_header = closer, self._format.header is not None
 
     def _num_safe_chars(self) -> int:
         """Up to where no mark can begin; neither can the whitespace in front of one."""
@@ -180,50 +141,56 @@ class ToolCallParser:
 
     def _read_between(self) -> bool:
         """Behind a mark or a call: what may come is a call, a separator, the closing mark or another opening one."""
-        for mark in filter(None, (self._closer, *(opener for opener, _ in self._format.marks))):
+        openers = (opener for opener, _ in self._format.marks)
+        marks = [mark for mark in (self._closer, *openers, *self._format.inner_marks) if mark]
+        for mark in marks:
             if self._buffer.startswith(mark):
                 self._pass_mark(mark)
                 return True
-        if any(overlap(self._buffer, opener) == len(self._buffer) for opener, _ in self._format.marks):
-            return False
-        if self._closer.startswith(self._buffer):
+        is_xml = self._format.is_xml and self._buffer.startswith(FUNCTION)
+        beginnings = (*marks, FUNCTION) if self._format.is_xml else marks
+        if not is_xml and any(mark.startswith(self._buffer) for mark in beginnings):
             return False
         first = self._buffer[0]
-        if first == "{":
+        if is_xml:
+            self._reader = XmlCallReader(self._parameters)
+        elif first == "{":
             self._reader = CallReader()
-        elif self._may_be_name and first not in _SEPARATORS:
-            return self._read_name()
+        elif self._may_be_header and first not in _SEPARATORS:
+            return self._read_header()
         elif first in _SEPARATORS:
             self._between += first
             self._buffer = self._buffer[1:]
-            self._may_be_name = self._may_be_name and first in WHITESPACE
+            self._may_be_header = self._may_be_header and first in WHITESPACE
         else:
             self._give_up()
         return True
 
     def _pass_mark(self, mark: str) -> None:
         self._buffer = self._buffer[len(mark) :]
+        opens = dict(self._format.marks).get(mark)
         if mark == self._closer and self._follows_call:
             self._leave()
-            return
-        self._between += mark
-        if mark == self._closer:
+        elif opens is not None:
+            self._between += mark
+            self._enter(opens)
+        elif not self._follows_call:
+            self._between += mark
             self._give_up()
-        else:
-            self._enter(dict(self._format.marks)[mark])
 
-    def _read_name(self) -> bool:
-        """Behind a mark: `name[ARGS]{...}`."""
+    def _read_header(self) -> bool:
+        """Behind a mark: what `format.header` says, and the arguments."""
         at = self._buffer.find("{")
-        if at < 0 and len(self._buffer) < _MOST_NAME_CHARS:
+        if at < 0 and len(self._buffer) < _MOST_HEADER_CHARS:
             return False
-        name = _NAME.fullmatch(self._buffer[: max(at, 0)])
-        if name is None:
+        assert self._format.header is not None
+        header = self._format.header.fullmatch(self._buffer[: max(at, 0)])
+        if header is None:
             self._give_up()
             return True
         self._between += self._buffer[:at]
         self._buffer = self._buffer[at:]
-        self._reader = CallReader(name[1])
+        self._reader = CallReader(header[1])
         return True
 
     def _give_up(self) -> None:
@@ -239,16 +206,16 @@ class ToolCallParser:
         """On with text."""
         self._in_calls, self._reader, self._is_started = False, None, False
         self._between = self._call_text = self._closer = ""
-        self._may_be_name = False
+        self._may_be_header = False
 
     # --- In a call ------------------------------------------------------------------------------------------
 
-    def _read_call(self, reader: CallReader) -> bool:
+    def _read_call(self, reader: CallReader | XmlCallReader) -> bool:
         end = reader.push(self._buffer)
         self._call_text += self._buffer[:end]
         self._buffer = self._buffer[end:]
         if not self._is_started and reader.is_call:
-            if self._checks_name and reader.name not in self._names:
+            if self._checks_name and reader.name not in self._parameters:
                 self._give_up()
                 return True
             self._start(reader.name or "")
@@ -263,7 +230,7 @@ class ToolCallParser:
 
     def _start(self, name: str) -> None:
         self._is_started = self._follows_call = True
-        self._between, self._may_be_name = "", False
+        self._between, self._may_be_header = "", False
         if self._is_wanted(self._num_calls):
             self._deltas.append(CallDelta(self._num_calls, "", self._format.new_id(), name))
         self._num_calls += 1

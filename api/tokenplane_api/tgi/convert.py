@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 
 import msgspec
 
+from tokenplane_core.client_adapters import LoadedAdapter
 from tokenplane_core.messages import SamplingParams
 
 from ..checks import (
@@ -56,8 +58,19 @@ async def generate_specs(request: GenerateRequest, service: Service, streaming: 
         wants_token_texts=wants_tokens,
         grammar=from_tgi(parameters.grammar),
         wants_prompt_logprobs=parameters.decoder_input_details,
+        adapter=_adapter(parameters.adapter_id, service),
     )
     return [spec, *(_another(spec) for _ in range(best_of - 1))]
+
+
+def _adapter(name: str | None, service: Service) -> LoadedAdapter | None:
+    if name is None:
+        return None
+    adapter = service.engine.adapters.find(name)
+    if adapter is None:
+        known = ", ".join(f"`{adapter.name}`" for adapter in islice(service.engine.adapters, 8)) or "none"
+        raise invalid(f"`adapter_id` is {name!r}, which no adapter here is called; there are: {known}", "adapter_id")
+    return adapter
 
 
 def wants_details(parameters: Parameters) -> bool:
@@ -111,8 +124,6 @@ def _check_parameters(parameters: Parameters, settings: Settings) -> None:
         raise invalid(
             "`grammar` is set, but grammars are turned off (--disable-grammar-support); leave it out", "grammar"
         )
-    if parameters.adapter_id is not None:
-        raise invalid(f"`adapter_id` is {parameters.adapter_id!r}, but this server has no adapters", "adapter_id")
 
 
 def _room(num_prompt_tokens: int, max_new_tokens: int | None, limits: Limits) -> int:
