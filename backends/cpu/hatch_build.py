@@ -22,11 +22,15 @@ class NativeKernels(BuildHookInterface):  # type: ignore[type-arg]
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if self.target_name != "wheel" or os.environ.get("TOKENPLANE_CPU_NATIVE") == "0":
+        if self.target_name != "wheel":
             return
         root = Path(self.root)
-        built = _build(root / "native", root / "build" / "native")
         target = root / "tokenplane_cpu" / LIBRARY
+        if os.environ.get("TOKENPLANE_CPU_NATIVE") == "0":
+            if version == "editable":
+                target.unlink(missing_ok=True)
+            return
+        built = _build(root / "native", root / "build" / "native")
         shutil.copyfile(built, target.with_suffix(".new"))
         target.with_suffix(".new").replace(target)  # a running process keeps the old one
         build_data["artifacts"].append(f"tokenplane_cpu/{LIBRARY}")

@@ -14,12 +14,16 @@ namespace tp {
 
 #define TP_DECLARE(tier)                         \
   namespace tier {                               \
+  extern const AttentionKernels attention;       \
+  extern const LinearKernels linear;             \
   extern const PointwiseKernels pointwise;       \
+  extern const SamplingKernels sampling;         \
   }
-#define TP_TABLE(tier) Kernels{#tier, &tier::pointwise}
+#define TP_TABLE(tier) Kernels{#tier, &tier::attention, &tier::linear, &tier::pointwise, &tier::sampling}
 
 TP_DECLARE(generic)
 #if TP_HAS_amx
+TP_DECLARE(amx_emulated)
 TP_DECLARE(avx2)
 TP_DECLARE(avx512)
 TP_DECLARE(avx512_bf16)
@@ -45,12 +49,20 @@ struct Tier {
   bool (*runs)();
 };
 
+#if TP_HAS_amx
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+#endif
+
 // Weakest first.
 const Tier tiers[] = {
+#if TP_HAS_amx
+    {TP_TABLE(amx_emulated), runs_avx2},
+#endif
     {TP_TABLE(generic), [] { return true; }},
 #if TP_HAS_amx
-    {TP_TABLE(avx2),
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }},
+    {TP_TABLE(avx2), runs_avx2},
     {TP_TABLE(avx512),
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -60,7 +72,8 @@ const Tier tiers[] = {
     {TP_TABLE(avx512_bf16),
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+              __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+              __builtin_cpu_supports("avx512vbmi");
      }},
     {TP_TABLE(amx), [] { return __builtin_cpu_supports("avx512bf16") && may_use_tiles(); }},
 #endif

@@ -7,12 +7,18 @@
 
 namespace tp {
 
+struct AttentionKernels;
+struct LinearKernels;
 struct PointwiseKernels;
+struct SamplingKernels;
 
 // What one tier offers. Values are set once, when the library is loaded or by tp_set_isa.
 struct Kernels {
   const char* isa;
+  const AttentionKernels* attention;
+  const LinearKernels* linear;
   const PointwiseKernels* pointwise;
+  const SamplingKernels* sampling;
 };
 
 const Kernels& kernels();

@@ -1,7 +1,10 @@
 #include "team.h"
 
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -34,6 +37,11 @@ void bind_to(int cpu) {
   pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus);  // a hint: without it the system places the thread
 }
 
+long futex(std::atomic<int>* word, int operation, int value) {
+  static_assert(sizeof(std::atomic<int>) == sizeof(int), "a futex is an int");
+  return syscall(SYS_futex, reinterpret_cast<int*>(word), operation, value, nullptr, nullptr, 0);
+}
+
 }  // namespace
 
 struct Pool::State {
@@ -43,6 +51,7 @@ struct Pool::State {
   alignas(64) std::atomic<int> generation{0};
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> next_item{0};
+  alignas(64) std::atomic<int> sleepers{0};  // at the barrier
   alignas(64) std::atomic<unsigned> tasks{0};  // counts tasks begun; a worker waits for it to change
   Task task = nullptr;
   void* context = nullptr;
@@ -56,13 +65,18 @@ struct Pool::State {
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived.store(0, std::memory_order_relaxed);
       next_item.store(0, std::memory_order_relaxed);
-      generation.store(now + 1, std::memory_order_release);
+      generation.store(now + 1);
+      if (sleepers.load() > 0) futex(&generation, FUTEX_WAKE_PRIVATE, threads);
       return;
     }
-    for (int spins = 0; generation.load(std::memory_order_acquire) == now; ++spins) {
-      if (spins < kBarrierSpins) pause();
-      else sched_yield();
+    for (int spins = 0; spins < kBarrierSpins; ++spins) {
+      if (generation.load(std::memory_order_acquire) != now) return;
+      pause();
     }
+    // Someone is not running: the machine has other work, too. To sleep is to be back on a core soon after the wake.
+    sleepers.fetch_add(1);
+    while (generation.load() == now) futex(&generation, FUTEX_WAIT_PRIVATE, now);
+    sleepers.fetch_sub(1);
   }
 
   unsigned wait_for_task(unsigned seen) {

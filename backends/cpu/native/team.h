@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <memory>
+#include <type_traits>
 
 namespace tp {
 
@@ -55,7 +56,16 @@ class Pool {
 
   template <class Body>
   void run(Body&& body) {
-    run([](void* context, Team& team) { (*static_cast<Body*>(context))(team); }, &body);
+    using Function = std::remove_reference_t<Body>;
+    run([](void* context, Team& team) { (*static_cast<Function*>(context))(team); }, &body);
+  }
+
+  // The same, unless `alone`: then on the calling thread only, for what is over before another thread has woken.
+  template <class Body>
+  void run_small(bool alone, Body&& body) {
+    if (!alone) return run(body);
+    Team self(*this, 0, 1);
+    body(self);
   }
 
   int size() const;

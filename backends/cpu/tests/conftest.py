@@ -1,14 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from tokenplane_core.backend.records import Capabilities, LoadOptions
 from tokenplane_core.model import describe_model
+from tokenplane_cpu.host import PROGRAM
 from tokenplane_cpu.plugin import CpuBackend
+from tokenplane_cpu.program_runner import ProgramRunner
 from tokenplane_torch.testing import make_checkpoint
 
 torch.set_num_threads(1)  # two OpenMP threads on a busy machine are slower than one
@@ -29,8 +34,29 @@ def checkpoint(checkpoints: dict[str, Path], request: pytest.FixtureRequest) -> 
     return checkpoints[family]
 
 
+@pytest.fixture(params=["program", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two ways through a step: as one native program, and as transformers' module."""
+    monkeypatch.setenv(PROGRAM, "1" if request.param == "program" else "0")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def cache_blocks() -> Callable[[CpuBackend], list[NDArray[np.uint8]]]:
+    """Gives the cache's memory u8 [blocks, bytes], piece by piece, in whatever layout."""
+
+    def blocks(plugin: CpuBackend) -> list[NDArray[np.uint8]]:
+        runner: Any = plugin._runner
+        if isinstance(runner, ProgramRunner):
+            return runner.cache.blocks()
+        tensors = [tensor for layer in runner.layers for tensor in layer.tensors()]
+        return [tensor.view(torch.uint8).flatten(1).numpy() for tensor in tensors]
+
+    return blocks
+
+
 @pytest.fixture
-def backend(checkpoint: Path) -> Iterator[tuple[CpuBackend, Capabilities]]:
+def backend(checkpoint: Path, way: str) -> Iterator[tuple[CpuBackend, Capabilities]]:
     """The backend with that checkpoint loaded in float32."""
     plugin = CpuBackend()
     yield plugin, plugin.load(describe_model(checkpoint), LoadOptions(num_threads=1))

@@ -16,7 +16,11 @@ from pathlib import Path
 from tokenplane_core.backend.probe import GIB, join_notes, meminfo_bytes, number_list, read_number, read_text
 from tokenplane_core.backend.records import DetectReport, Device, Offer
 
+from .native import is_built
+
 SCORE = 1  # any accelerator scores higher
+QUANTIZES = ("int8", "int4")  # by the native kernels
+KV_DTYPES = ("int8",)  # the same
 
 # Flag in /proc/cpuinfo -> what people call it, weakest first. x86 says "flags", Arm says "Features".
 ISA = {
@@ -74,7 +78,11 @@ def detect(root: Path = Path("/")) -> DetectReport:
         dtypes=("bfloat16", "float32", "float16") if native_bf16 else ("float32", "bfloat16", "float16"),
         score=SCORE,
         memory_free_bytes=memory.free_bytes,
-        offer=Offer(headroom_bytes=headroom_bytes(memory.total_bytes)),
+        offer=Offer(
+            headroom_bytes=headroom_bytes(memory.total_bytes),
+            quantizes=QUANTIZES if is_built() else (),
+            kv_dtypes=KV_DTYPES if is_built() else (),
+        ),
         notes=join_notes(
             f"{host.cores} of {host.logical_cpus} CPUs used",
             f"bfloat16 {'native' if native_bf16 else 'emulated'}",

@@ -1,21 +1,44 @@
-"""The opened device: the host, through torch."""
+"""The opened device: the host. Plain decoders run as one native program, all other models through torch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from tokenplane_core.backend.errors import ConfigError
+from tokenplane_core.backend.errors import ConfigError, UnsupportedModel
+from tokenplane_core.backend.records import I32, ModelSpec, ShapePolicy
+from tokenplane_torch.checks import TRIAL_BLOCKS, Packed, compare, survey
 from tokenplane_torch.choice import ONLY
 from tokenplane_torch.device import TorchDevice
 from tokenplane_torch.kernels import AttentionKernels, LayerNeed
+from tokenplane_torch.kv_cache import LayerCache, LayerShape
+from tokenplane_torch.loader import first_line, refused
 
-from .attention import kernels
+from . import native
+from .attention import NATIVE, NativeKernels, choose
+from .cache import Cache
+from .decoder import NoProducts, NotPlain, read_decoder, watched
 from .device import headroom_bytes, read_memory
+from .program import Program
+from .program_runner import ProgramRunner
+from .quantization import COMPUTED_IN, computing_as_stored, forms
+from .sampler import HostSampler, ModuleSampler
 
-NAME = "torch"  # as users name the kernels
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tokenplane_torch.runner import Runner
+    from tokenplane_torch.sampler import Sampler
+
+PROGRAM = "TOKENPLANE_CPU_PROGRAM"  # 0: plain decoders go through torch, too
+ROUNDING = 0.2
+"""How far a program's logits may be off in bfloat16, see `compare`. Measured: 0.07 at 30 layers of random weights."""
 
 
 class HostDevice(TorchDevice):
@@ -23,15 +46,84 @@ class HostDevice(TorchDevice):
 
     def __init__(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
+        self._num_threads = num_threads
+        self._kernels: AttentionKernels | None = None  # for what goes through torch
+        self._cache_dtype: torch.dtype | None = None  # None: the layers' own
+        self._without = "LoRA adapters"  # why there is no program, unless `runner` finds another reason
+        if native.library() is not None:
+            native.use_threads(num_threads)
 
     @property
     def torch_device(self) -> torch.device:
         return torch.device("cpu")
 
+    def runner(self, module: PreTrainedModel, model: ModelSpec, policy: ShapePolicy, step_tokens: int) -> Runner:
+        if model.kv_dtype and model.dtype != COMPUTED_IN:
+            raise ConfigError(
+                f"--kv-cache-dtype is {model.kv_dtype}, which goes with {COMPUTED_IN}; --dtype is {model.dtype}"
+            )
+        self._cache_dtype = getattr(torch, model.kv_dtype) if model.kv_dtype else None
+        try:
+            return self._program_runner(module, model, step_tokens)
+        except NotPlain as reason:
+            if model.quantize is not None:
+                raise refused(
+                    model, f"its weights cannot be quantized while they load, as no native program can run it: {reason}"
+                ) from reason
+            self._without = str(reason)
+        return super().runner(module, model, policy, step_tokens)
+
+    def fuse(self, module: torch.nn.Module) -> Mapping[str, str]:
+        return {"step": f"torch, layer by layer (no native program: {self._without})"}
+
+    def _program_runner(self, module: PreTrainedModel, model: ModelSpec, step_tokens: int) -> Runner:
+        """
+        Raises:
+            NotPlain: the module, or what was asked for, is nothing for a program; the message says what.
+        """
+        self._require_program_possible(model)
+        with watched(module) as seen, NoProducts():
+            needs = survey(module, model)
+        decoder = read_decoder(module, seen, needs, model.max_model_tokens)
+        max_tokens = max(step_tokens, 2 * self.block_tokens)  # the trial below has more than a block's
+        program = Program(decoder, model.dtype, max_tokens, self._num_threads, model.quantize, model.kv_dtype)
+        cache = Cache(program.block_bytes())
+        try:
+            quantized = computing_as_stored(decoder, *forms(model.dtype, model.quantize))
+            with torch.no_grad(), quantized if model.quantize else nullcontext():
+                compare(module, model, self.block_tokens, _steps(program, cache), ROUNDING)
+        except UnsupportedModel as error:
+            raise NotPlain(f"it computes something else: {first_line(error)}") from error
+        return ProgramRunner(program, cache, HostSampler(self), model.max_model_tokens)
+
+    def _require_program_possible(self, model: ModelSpec) -> None:
+        if os.environ.get(PROGRAM, "1") == "0":
+            raise NotPlain(f"{PROGRAM}=0")
+        if native.library() is None:
+            raise NotPlain("this package was built without native kernels")
+        if model.dtype == "float16":
+            raise NotPlain("float16")
+        if model.quantize is not None and model.dtype != COMPUTED_IN:
+            raise NotPlain(f"{model.quantize} weights are computed in {COMPUTED_IN}; set --dtype {COMPUTED_IN}")
+        if os.environ.get(ONLY, NATIVE) != NATIVE:
+            raise NotPlain(f"{ONLY} is {os.environ[ONLY]}")
+
     def kernels(self, needs: Sequence[LayerNeed]) -> AttentionKernels:
-        if os.environ.get(ONLY, NAME) != NAME:
-            raise ConfigError(f"{ONLY} (--attention) is {os.environ[ONLY]!r}; the only kernels for a CPU are {NAME!r}")
-        return kernels()
+        self._kernels = choose(needs, self._cache_dtype)
+        return self._kernels
+
+    def allocate(self, shapes: Sequence[LayerShape], num_blocks: int) -> list[LayerCache]:
+        if isinstance(self._kernels, NativeKernels):
+            return self._kernels.allocate(shapes, num_blocks)
+        return super().allocate(shapes, num_blocks)
+
+    def block_bytes(self, shapes: Sequence[LayerShape]) -> int:
+        if isinstance(self._kernels, NativeKernels):
+            return self._kernels.block_bytes(shapes)
+        return super().block_bytes(shapes)
+
+    def sampler(self) -> Sampler:
+        return ModuleSampler(self)
 
     def free_bytes(self) -> int:
         return read_memory().free_bytes
@@ -41,3 +133,16 @@ class HostDevice(TorchDevice):
 
     def headroom_bytes(self) -> int:
         return headroom_bytes(self.total_bytes())
+
+
+def _steps(program: Program, cache: Cache) -> Packed:
+    """A program's steps as the load-time check calls them, over a small cache of its own."""
+    cache.allocate(TRIAL_BLOCKS)
+
+    def packed(token_ids: I32, new: I32, context: I32, tables: I32) -> Tensor:
+        program.attach(cache.addresses(), tables)
+        every = np.arange(len(token_ids), dtype=np.int32)
+        logits = program.step(token_ids, np.arange(len(new), dtype=np.int32), context, new, every, len(every))
+        return torch.from_numpy(logits.copy())
+
+    return packed

@@ -13,6 +13,11 @@ ISA = "TOKENPLANE_CPU_ISA"  # names a weaker tier of instruction sets, for tests
 _FILE = Path(__file__).with_name("libtokenplane_cpu.so")
 
 
+def is_built() -> bool:
+    """Whether this package was built with the library."""
+    return _FILE.exists()
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where this package was built without it.
@@ -20,7 +25,7 @@ def library() -> ctypes.CDLL | None:
     Raises:
         ConfigError: TOKENPLANE_CPU_ISA names a tier that this machine does not run.
     """
-    if not _FILE.exists():
+    if not is_built():
         return None
     found = ctypes.CDLL(str(_FILE))
     for name in ("tp_best_isa", "tp_isa"):
@@ -35,3 +40,10 @@ def isa() -> str:
     """The tier in use: generic, avx2, avx512, avx512_bf16 or amx; "" without the library."""
     found = library()
     return found.tp_isa().decode() if found else ""
+
+
+def use_threads(count: int) -> None:
+    """Compute with that many threads, the caller's included."""
+    found = library()
+    assert found is not None
+    found.tp_set_threads(count, None)

@@ -29,10 +29,41 @@ inline void store(float* to, F32x16 value) { memcpy(to, &value, sizeof value); }
 
 inline F32x16 broadcast(float value) { return value - F32x16{}; }
 
+// Halves are combined until one is left, so that the order is the same for every tier.
+template <class Combine>
+inline float reduce(F32x16 v, Combine&& combine) {
+  typedef float F32x8 __attribute__((vector_size(32)));
+  typedef float F32x4 __attribute__((vector_size(16)));
+  F32x8 eight[2];
+  memcpy(eight, &v, sizeof v);
+  const F32x8 half = combine(eight[0], eight[1]);
+  F32x4 four[2];
+  memcpy(four, &half, sizeof half);
+  const F32x4 quarter = combine(four[0], four[1]);
+  return combine(combine(quarter[0], quarter[2]), combine(quarter[1], quarter[3]));
+}
+
 inline float sum(F32x16 v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
+
+inline float largest(F32x16 v) {
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+inline U32x16 lane_numbers() { return U32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
+// Moves the first `count` of 16 values; loaded ones are filled up with zeros.
+inline F32x16 load_some(const float* from, int count) {
+  if (count >= kLanes) return load(from);
+  F32x16 out{};
+  memcpy(&out, from, size_t(count) * sizeof(float));
+  return out;
+}
+
+inline void store_some(float* to, F32x16 value, int count) {
+  if (count >= kLanes) store(to, value);
+  else memcpy(to, &value, size_t(count) * sizeof(float));
 }
 
 // bf16 is the upper half of a float.
@@ -40,6 +71,13 @@ inline F32x16 load_bf16(const uint16_t* from) {
   U16x16 half;
   memcpy(&half, from, sizeof half);
   return (F32x16)(__builtin_convertvector(half, U32x16) << 16);
+}
+
+inline float from_bf16(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
 }
 
 // Rounds to nearest, ties to even; a NaN stays one.
@@ -54,6 +92,13 @@ inline void store_bf16(uint16_t* to, F32x16 value) {
   const U16x16 half = __builtin_convertvector(value == value ? rounded : nan, U16x16);
   memcpy(to, &half, sizeof half);
 #endif
+}
+
+inline void store_some(uint16_t* to, F32x16 value, int count) {
+  if (count >= kLanes) return store_bf16(to, value);
+  uint16_t all[kLanes];
+  store_bf16(all, value);
+  memcpy(to, all, size_t(count) * sizeof(uint16_t));
 }
 
 }  // namespace

@@ -1,0 +1,213 @@
+#include "kernels/linear.h"
+
+#include "kernels/linear_block.h"
+#include "kernels/linear_epilogue.h"
+#include "kernels/linear_tiles.h"
+
+namespace tp {
+namespace {
+
+constexpr int kChunkPairs = 256;            // of 32 columns in bf16: 32 KiB, all of the first cache but its stream
+constexpr int kPanelRows = 8 * kGroupRows;  // whose sums stay in the first cache, too
+using Sums = float[kPanelRows][kBlockColumns];
+
+#if TP_TILES
+bool in_tiles(const tp_linear_weight& w) { return w.type != TP_F32; }
+#else
+bool in_tiles(const tp_linear_weight&) { return false; }
+void tile_sums(Sums&, const tp_linear_weight&, const Block&, const LinearInput&, int, int) {}
+#endif
+
+template <int kRows>
+inline void read_sums(F32x16 (&sums)[kRows][2], const float (*from)[kBlockColumns]) {
+  for (int row = 0; row < kRows; ++row)
+    for (int half = 0; half < 2; ++half) sums[row][half] = load(from[row] + half * 16);
+}
+
+template <int kRows>
+inline void write_sums(float (*to)[kBlockColumns], const F32x16 (&sums)[kRows][2]) {
+  for (int row = 0; row < kRows; ++row)
+    for (int half = 0; half < 2; ++half) store(to[row] + half * 16, sums[row][half]);
+}
+
+// to[row] = (from 0 if first is 0) + products of pairs [first, last); values: of pair `first`.
+template <int kRows, class Format, class Rows>
+void plain_sums(float (*to)[kBlockColumns], const uint8_t* values, const Rows& rows, int first, int last) {
+  F32x16 sums[kRows][2] = {};
+  if (first > 0) read_sums<kRows>(sums, to);
+  accumulate<kRows, Format>(sums, values, rows, first, (last - first) / Format::kPairs);
+  write_sums<kRows>(to, sums);
+}
+
+// The same for weights with groups: to[row] += scale * (products of the group), group after group.
+template <int kRows, class Format, class Rows>
+void grouped_sums(float (*to)[kBlockColumns], const Block& block, const uint8_t* values, const Rows& rows, int first,
+                  int last) {
+  F32x16 totals[kRows][2] = {};
+  if (first > 0) read_sums<kRows>(totals, to);
+  for (int pair = first; pair < last; pair += block.group_pairs) {
+    const int steps = smaller(block.group_pairs, last - pair) / Format::kPairs;
+    F32x16 sums[kRows][2] = {};
+    accumulate<kRows, Format>(sums, values, rows, pair, steps);
+    values += steps * Format::kBytes;
+    for (int half = 0; half < 2; ++half) {
+      const F32x16 scale = load_bf16(block.scales + pair / block.group_pairs * kBlockColumns + half * 16);
+      for (int row = 0; row < kRows; ++row) totals[row][half] += sums[row][half] * scale;
+    }
+  }
+  write_sums<kRows>(to, totals);
+}
+
+template <int kRows, class Format, class Rows>
+inline void some_sums(float (*to)[kBlockColumns], const Block& block, const uint8_t* values, const Rows& rows,
+                      int first, int last) {
+  if (block.scales) grouped_sums<kRows, Format>(to, block, values, rows, first, last);
+  else plain_sums<kRows, Format>(to, values, rows, first, last);
+}
+
+// As many rows as keep their sums in registers.
+#if defined(__AVX512F__)
+constexpr int kMostRows = 12, kMostRowsInGroups = 6;
+#else
+constexpr int kMostRows = 3, kMostRowsInGroups = 2;
+#endif
+
+template <class Format>
+void direct_sums(Sums& sums, const Block& block, const LinearInput& input, int rows) {
+  using Input = typename Format::Input;
+  const RowsAt<Input, false> at{static_cast<const Input*>(input.rows), input.stride / 2};
+  switch (rows) {
+    case 1: return some_sums<1, Format>(sums, block, block.values, at, 0, block.pairs);
+    case 2: return some_sums<2, Format>(sums, block, block.values, at, 0, block.pairs);
+    case 3: return some_sums<3, Format>(sums, block, block.values, at, 0, block.pairs);
+    default: return some_sums<4, Format>(sums, block, block.values, at, 0, block.pairs);
+  }
+}
+
+// sums[rows] of one group of packed rows, for pairs [first, last).
+template <class Format>
+void packed_sums(float (*sums)[kBlockColumns], const Block& block, const uint8_t* values,
+                 const typename Format::Input* group, int rows, int first, int last) {
+  using Rows = RowsAt<typename Format::Input, true>;
+  const int most = block.scales ? kMostRowsInGroups : kMostRows;
+  for (int row = 0; row < rows; row += most) {
+    const Rows at{group + row, 0};
+    auto* to = sums + row;
+    switch (smaller(most, rows - row)) {
+      case 1: some_sums<1, Format>(to, block, values, at, first, last); break;
+      case 2: some_sums<2, Format>(to, block, values, at, first, last); break;
+      case 3: some_sums<3, Format>(to, block, values, at, first, last); break;
+#if defined(__AVX512F__)
+      case 4: some_sums<4, Format>(to, block, values, at, first, last); break;
+      case 5: case 6: some_sums<6, Format>(to, block, values, at, first, last); break;
+      case 7: case 8: plain_sums<8, Format>(to, values, at, first, last); break;
+      default: plain_sums<12, Format>(to, values, at, first, last);
+#endif
+    }
+  }
+}
+
+// Chunk by chunk, so that a chunk of weights is read from the first cache for all groups of rows but the first.
+// Quantized weights are widened anew for each group: the units that do it have nothing else to do.
+template <class Format>
+void panel_sums(Sums& sums, const Block& block, const LinearInput& input, int first_row, int rows) {
+  for (int first = 0; first < block.pairs; first += kChunkPairs) {
+    const int last = smaller(first + kChunkPairs, block.pairs);
+    const uint8_t* values = block.values + size_t(first) / Format::kPairs * Format::kBytes;
+    for (int row = 0; row < rows; row += kGroupRows) {
+      const auto* group =
+          static_cast<const typename Format::Input*>(input.rows) + int64_t(first_row + row) * block.pairs;
+      packed_sums<Format>(sums + row, block, values, group, smaller(kGroupRows, rows - row), first, last);
+    }
+  }
+}
+
+template <class Format>
+void vector_sums(Sums& sums, const Block& block, const LinearInput& input, int first_row, int rows) {
+  if (input.packed) panel_sums<Format>(sums, block, input, first_row, rows);
+  else direct_sums<Format>(sums, block, input, rows);
+}
+
+void vector_sums(Sums& sums, const tp_linear_weight& w, const Block& block, const LinearInput& input, int first_row,
+                 int rows) {
+  switch (w.type) {
+    case TP_F32: return vector_sums<F32Format>(sums, block, input, first_row, rows);
+    case TP_BF16: return vector_sums<Bf16Format>(sums, block, input, first_row, rows);
+    case TP_INT8: return vector_sums<Int8Format>(sums, block, input, first_row, rows);
+    default: return vector_sums<Int4Format>(sums, block, input, first_row, rows);
+  }
+}
+
+void columns(const tp_linear_weight& w, const LinearInput& input, int first, int last, const tp_linear_output& out) {
+  alignas(64) Sums sums;
+  for (int b = first; b < last; ++b) {
+    const Block block = block_of(w, b);
+    for (int row = 0; row < input.count; row += kPanelRows) {
+      const int rows = smaller(kPanelRows, input.count - row);
+      if (in_tiles(w)) tile_sums(sums, w, block, input, row, rows);
+      else vector_sums(sums, w, block, input, row, rows);
+      finish(w, b, sums, row, rows, out);
+    }
+  }
+}
+
+bool wants_packed(const tp_linear_weight& w, int rows) {
+  return w.inputs % kInputPadding != 0 || (rows > kDirectRows && !in_tiles(w));
+}
+
+size_t packed_bytes(const tp_linear_weight& w, int rows) {
+  return size_t(round_up(rows, kGroupRows)) * padded_inputs(w) * input_bytes(w);
+}
+
+// For tiles: rows as they are, padded.
+void pad(uint16_t* to, const uint16_t* from, int64_t stride, int rows, int inputs, int padded) {
+  for (int row = 0; row < rows; ++row, to += padded, from += stride) {
+    memcpy(to, from, size_t(inputs) * 2);
+    memset(to + inputs, 0, size_t(padded - inputs) * 2);
+  }
+}
+
+// to[pair][row]: the pairs [first, last) of a group's rows, zeros behind their end. Pairs of f32 are 8 bytes, of bf16 4.
+template <class Pair, class Element>
+void interleave(Pair* to, const Element* from, int64_t stride, int rows, int inputs, int first, int last) {
+  for (int row = 0; row < kGroupRows; ++row) {
+    const Element* at = from + row * stride;
+    const int whole = row < rows ? larger(first, smaller(inputs / 2, last)) : first;
+    for (int pair = first; pair < whole; ++pair) memcpy(to + pair * kGroupRows + row, at + 2 * pair, sizeof(Pair));
+    for (int pair = whole; pair < last; ++pair) {
+      Element end[2] = {};
+      if (row < rows && 2 * pair < inputs) end[0] = at[2 * pair];
+      memcpy(to + pair * kGroupRows + row, end, sizeof(Pair));
+    }
+  }
+}
+
+// All pairs, some at a time: all of them would leave the first cache before the next row is written between them.
+template <class Pair, class Element>
+void interleave_all(Pair* to, const Element* from, int64_t stride, int rows, int inputs, int padded) {
+  for (int pair = 0; pair < padded / 2; pair += kInputPadding / 2)
+    interleave(to, from, stride, rows, inputs, pair, pair + kInputPadding / 2);
+}
+
+void pack_group(const tp_linear_weight& w, const LinearInput& from, int group, void* to) {
+  const int row = group * kGroupRows, rows = smaller(kGroupRows, from.count - row), padded = padded_inputs(w);
+  const int64_t pairs = int64_t(row) * padded / 2, start = row * from.stride;
+  if (in_tiles(w))
+    pad(static_cast<uint16_t*>(to) + 2 * pairs, static_cast<const uint16_t*>(from.rows) + start, from.stride, rows,
+        w.inputs, padded);
+  else if (w.type == TP_F32)
+    interleave_all(static_cast<F32Pair*>(to) + pairs, static_cast<const float*>(from.rows) + start, from.stride, rows,
+               w.inputs, padded);
+  else
+    interleave_all(static_cast<uint32_t*>(to) + pairs, static_cast<const uint16_t*>(from.rows) + start, from.stride, rows,
+               w.inputs, padded);
+}
+
+}  // namespace
+
+namespace TP_TIER {
+extern const LinearKernels linear;
+const LinearKernels linear = {wants_packed, packed_bytes, pack_group, kGroupRows, columns};
+}  // namespace TP_TIER
+
+}  // namespace tp

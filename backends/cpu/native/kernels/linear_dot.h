@@ -1,0 +1,172 @@
+// Products of a few rows with one block of 32 columns: the innermost loops of a linear layer.
+//
+// A format says how a step of weights becomes vectors of pairs; `accumulate` is the same loop for all of them.
+#pragma once
+
+#include "kernels/linear.h"
+#include "kernels/simd.h"
+
+namespace tp {
+namespace {
+
+typedef uint16_t U16x32 __attribute__((vector_size(64)));
+typedef uint8_t U8x64 __attribute__((vector_size(64)));
+
+template <class To, class From>
+inline To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class Vector>
+inline Vector load_vector(const void* from) {
+  Vector out;
+  memcpy(&out, from, sizeof out);
+  return out;
+}
+
+inline float upper(uint32_t pair) { return bits<float>(pair & 0xffff0000u); }
+inline float lower(uint32_t pair) { return bits<float>(pair << 16); }
+
+// sum[column] += weights[column][0] * pair[0] + weights[column][1] * pair[1]
+inline void add_products(F32x16& sum, U16x32 weights, uint32_t pair) {
+#if defined(__AVX512BF16__)
+  sum = (F32x16)_mm512_dpbf16_ps((__m512)sum, bits<__m512bh>(weights), bits<__m512bh>(_mm512_set1_epi32(int(pair))));
+#else
+  const U32x16 words = bits<U32x16>(weights);
+  sum += (F32x16)(words << 16) * lower(pair);
+  sum += (F32x16)(words & 0xffff0000u) * upper(pair);
+#endif
+}
+
+struct F32Pairs {
+  F32x16 even, odd;
+};
+
+struct F32Pair {
+  float even, odd;
+};
+
+inline void add_products(F32x16& sum, const F32Pairs& weights, F32Pair pair) {
+  sum += weights.even * pair.even;
+  sum += weights.odd * pair.odd;
+}
+
+// Each format: Input, a pair of inputs; kPairs of a step; kBytes of a step; get(pair, half) of the step it was made of.
+struct F32Format {
+  using Input = F32Pair;
+  static constexpr int kPairs = 1, kBytes = 256;
+  const float* at;
+  explicit F32Format(const uint8_t* step) : at(reinterpret_cast<const float*>(step)) {}
+  F32Pairs get(int, int half) const { return {load(at + half * 16), load(at + kBlockColumns + half * 16)}; }
+};
+
+struct Bf16Format {
+  using Input = uint32_t;
+  static constexpr int kPairs = 1, kBytes = 128;
+  const uint8_t* at;
+  explicit Bf16Format(const uint8_t* step) : at(step) {}
+  U16x32 get(int, int half) const { return load_vector<U16x32>(at + half * 64); }
+};
+
+// Two tables of bf16's upper and lower bytes for the magnitudes 0 to 127.
+struct Int8Table {
+  alignas(64) uint8_t upper[128], lower[128];
+  constexpr Int8Table() : upper(), lower() {
+    for (int m = 1; m < 128; ++m) {
+      int exponent = 0;
+      while (m >> (exponent + 1)) ++exponent;
+      const int word = (127 + exponent) << 7 | ((m << (7 - exponent)) & 0x7f);
+      upper[m] = uint8_t(word >> 8);
+      lower[m] = uint8_t(word & 0xff);
+    }
+  }
+};
+constexpr Int8Table kInt8Table;
+
+struct Int8Format {
+  using Input = uint32_t;
+  static constexpr int kPairs = 1, kBytes = 64;
+  U16x32 halves[2];
+  explicit Int8Format(const uint8_t* step) {
+    const U8x64 packed = load_vector<U8x64>(step);
+#if defined(__AVX512VBMI__)
+    const __m512i index = bits<__m512i>(packed), sign = _mm512_set1_epi8(char(0x80));
+    const auto look_up = [index](const uint8_t* table) {
+      return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
+    };
+    constexpr int kAOrBAndC = 0xf8;
+    const __m512i high = _mm512_ternarylogic_epi32(look_up(kInt8Table.upper), index, sign, kAOrBAndC);
+    const __m512i low = look_up(kInt8Table.lower);
+    halves[0] = bits<U16x32>(_mm512_unpacklo_epi8(low, high));
+    halves[1] = bits<U16x32>(_mm512_unpackhi_epi8(low, high));
+#else
+    for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < 32; ++i) {
+        const uint8_t byte = packed[i / 8 * 16 + half * 8 + i % 8];
+        const float magnitude = float(byte & 0x7f);
+        halves[half][i] = uint16_t(bits<uint32_t>(magnitude) >> 16 | (byte & 0x80) << 8);
+      }
+#endif
+  }
+  U16x32 get(int, int half) const { return halves[half]; }
+};
+
+// bf16 of the 16 values of a nibble, twice, so that a look-up may ignore the bit above.
+alignas(64) constexpr uint16_t kInt4Table[32] = {
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+    0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+    0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+
+struct Int4Format {
+  using Input = uint32_t;
+  static constexpr int kPairs = 2, kBytes = 64;
+  U16x32 words;
+  explicit Int4Format(const uint8_t* step) : words(load_vector<U16x32>(step)) {}
+  U16x32 get(int pair, int half) const {
+    const U16x32 index = words >> (8 * pair + 4 * half);
+#if defined(__AVX512BW__)
+    return bits<U16x32>(_mm512_permutexvar_epi16(bits<__m512i>(index), _mm512_load_si512(kInt4Table)));
+#else
+    U16x32 out;
+    for (int i = 0; i < 32; ++i) out[i] = kInt4Table[index[i] & 15];
+    return out;
+#endif
+  }
+};
+
+// Where kRows rows lie: pair p of row r is at[p * pair_stride + r * row_stride].
+template <class Input, bool kPacked>
+struct RowsAt {
+  const Input* at;
+  int64_t stride;
+  Input get(int64_t pair, int row) const { return kPacked ? at[pair * kGroupRows + row] : at[pair + row * stride]; }
+};
+
+constexpr int kPrefetchBytes = 2048;
+
+// sums[row][half] += products of `steps` steps, pairs in ascending order.
+template <int kRows, class Format, class Rows>
+inline void accumulate(F32x16 (&sums)[kRows][2], const uint8_t* values, const Rows& rows, int64_t first_pair,
+                       int steps) {
+  for (int step = 0; step < steps; ++step, values += Format::kBytes) {
+    if (kRows <= kDirectRows)  // with more of them, multiplying leaves the hardware time to see what comes next
+      for (int line = 0; line < Format::kBytes; line += 64) __builtin_prefetch(values + kPrefetchBytes + line);
+    const Format weights(values);
+    for (int pair = 0; pair < Format::kPairs; ++pair) {
+      const auto left = weights.get(pair, 0), right = weights.get(pair, 1);
+      const int64_t p = first_pair + int64_t(step) * Format::kPairs + pair;
+#pragma GCC unroll 12
+      for (int row = 0; row < kRows; ++row) {
+        const auto input = rows.get(p, row);
+        add_products(sums[row][0], left, input);
+        add_products(sums[row][1], right, input);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tp

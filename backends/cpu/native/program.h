@@ -1,0 +1,69 @@
+// A decoder's step: one task of the team from token ids to logits.
+//
+// The residual stream is f32; what a linear layer reads is f32 for weights of floats and bf16 for all others. Nothing
+// that is computed for a token depends on what else is in the step, but the keys of its own sequence.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "team.h"
+#include "tokenplane_cpu.h"
+
+namespace tp {
+
+// Memory that is committed when first used, freed with the object.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  ~Scratch();
+  void allocate(size_t bytes);
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(memory_);
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+class Program {
+ public:
+  explicit Program(const tp_decoder& decoder);
+
+  void step(const tp_step& step);
+
+  // Logits after the tokens wanted[first, first + count) of the last step.
+  void logits(int first, int count, float* out);
+
+ private:
+  // Some residuals [count, hidden].
+  struct Rows {
+    float* data;
+    int count;
+  };
+
+  template <class Body>
+  void run(int tokens, Body&& body);
+  void place_tokens(const tp_step& step);
+  void attention(Team& team, const tp_layer& layer, const tp_step& step);
+  void turn(const tp_layer& layer, int token);
+  Rows keep_wanted(Team& team, const tp_layer& layer, const tp_step& step);
+  void mlp(Team& team, const tp_layer& layer, Rows rows);
+  void head(Team& team, int first, int count, float* out);
+  const void* normed(Team& team, const tp_norm& norm, Rows rows, const tp_linear_weight& reader);
+  void add(Team& team, const tp_linear_weight& weight, const tp_norm& norm, const void* input, Rows rows);
+
+  const tp_decoder decoder_;
+  size_t weight_bytes_;  // that a token passes through
+  int num_wanted_ = 0;
+  Scratch first_tokens_, positions_, cache_index_;  // of the step's rows and tokens
+  Scratch residual_, normed_, few_normed_, qkv_, attended_, gated_, delta_;
+  Scratch wanted_, wanted_attended_;  // of the wanted tokens alone
+  Scratch workspace_;                 // for kernels
+};
+
+}  // namespace tp
