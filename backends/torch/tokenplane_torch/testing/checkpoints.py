@@ -23,7 +23,7 @@ _SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+_MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
 _DEEPSEEK_EXPERTS = {
     "n_routed_experts": 4,
     "n_group": 1,
