@@ -41,11 +41,15 @@ class NativeKernels(BuildHookInterface):  # type: ignore[type-arg]
 def _build(source: Path, build: Path) -> Path:
     if sys.platform != "linux":
         raise SystemExit(f"tokenplane-cpu: the native kernels build on Linux, not on {sys.platform}; {_WITHOUT}")
+    # An earlier build's cache names the cmake and ninja of its own build environment, which is gone.
+    configure = ["cmake", "--fresh", "-S", source, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
     try:
-        subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"], check=True)
+        subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise SystemExit(f"tokenplane-cpu: the native kernels need a C++17 compiler ({error}); {_WITHOUT}") from error
+        raise SystemExit(
+            f"tokenplane-cpu: the native kernels could not be built, is there a C++17 compiler? ({error}); {_WITHOUT}"
+        ) from error
     return build / LIBRARY
 
 

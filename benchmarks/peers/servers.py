@@ -109,6 +109,7 @@ def transformers(executable: str) -> Server:
     def command(folder: Path, port: int) -> list[str]:
         return [
             executable, "serve", str(folder), "--continuous-batching", "--device", "cpu", "--dtype", "bfloat16",
+            "--cb-block-size", "32", "--cb-num-blocks", str(KV_TOKENS // 32),
             "--host", "127.0.0.1", "--port", str(port),
         ]  # fmt: skip
 
