@@ -39,6 +39,12 @@ _UNLIKE_LORA: Mapping[str, str] = {
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Ways to begin training that change the model's own weights, on which the adapter then relies."""
 
+_MOST = 1_000_000
+"""No rank and no alpha is larger."""
+
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+"""In a regular expression; matching one may take longer than anybody waits."""
+
 
 def read_adapter(name: str, path: str) -> AdapterSpec:
     """Describe the adapter in a folder.
@@ -69,8 +75,10 @@ def _numbers(name: str, config: Mapping[str, Any], field: str, pattern_field: st
         )
     values = [config.get(field, 8), *patterns.values()]
     for value in values:
-        if not isinstance(value, kind) or not value > 0:
-            raise UnsupportedAdapter(f"adapter {name!r}: {field} is {value!r}, which is no positive number")
+        if not isinstance(value, kind) or not 0 < value <= _MOST:
+            raise UnsupportedAdapter(
+                f"adapter {name!r}: {field} is {str(value)[:40]!r}, which is no number above 0 and up to {_MOST}"
+            )
     return values
 
 
@@ -79,7 +87,7 @@ def _is_pattern(text: str) -> bool:
         re.compile(text)
     except re.error:
         return False
-    return True
+    return not _REPEATED_GROUP.search(text)
 
 
 def _read_config(name: str, folder: Path) -> dict[str, Any]:

@@ -136,8 +136,7 @@ class EngineClient:
         self._folder = Path(tempfile.mkdtemp(prefix="tokenplane-"))
         try:
             lost = await self._launch()
-            for name, path in self.config.adapters.items():
-                await self.load_adapter(name, path)
+            await self._load_first_adapters()
         except BaseException:
             await self.close()
             raise
@@ -183,6 +182,16 @@ class EngineClient:
         if self.max_queue_s is not None:
             stream.give_up_after(self.max_queue_s, self._waited_too_long)
         return stream
+
+    async def _load_first_adapters(self) -> None:
+        """Those of the configuration; the server starts with all of them or not at all."""
+        try:
+            async with asyncio.timeout(self.config.ready_timeout_s):
+                for name, path in self.config.adapters.items():
+                    await self.load_adapter(name, path)
+        except TimeoutError:
+            limit_s = self.config.ready_timeout_s
+            raise EngineFailed(f"the LoRA adapters were not loaded after {limit_s:g} s (--ready-timeout)") from None
 
     async def load_adapter(self, name: str, path: str) -> LoadedAdapter:
         """Load a LoRA adapter; see ClientAdapters.load. Raises EngineNotReady too."""
@@ -280,10 +289,15 @@ class EngineClient:
             status = await self._process.wait()
             raise EngineFailed(f"the engine process ended with status {status} while starting; see its log above")
         self._ready.result()
-        wire.lost.add_done_callback(lambda _: self.adapters.engine_died())
+        wire.lost.add_done_callback(self._on_lost)
         self._is_ready = True
         self._last_word_s = time.monotonic()
         return wire.lost
+
+    def _on_lost(self, _: asyncio.Future[None]) -> None:
+        """From now on nothing reaches the engine: whoever waits for its answer must hear that, and nobody begin to."""
+        self._is_ready = False
+        self.adapters.engine_died()
 
     async def _connect(self, path: Path) -> _Wire:
         """Connect as soon as the process has bound its socket."""

@@ -168,7 +168,7 @@ def test_a_law_catches_a_core_that_drops_what_is_still_used(
     monkeypatch.setattr(
         Adapters, "unload", lambda self, number: (self.leaving.append(self[number]), self.drop_unused(()))
     )
-    with pytest.raises((AssertionError, KeyError)):
+    with pytest.raises((AssertionError, KeyError)):  # the core itself may find the hole first
         LAWS["adapters_come_and_go"](subject_of(SimulatedCuda))
 
 

@@ -267,6 +267,32 @@ def test_a_long_prompt_is_not_kept_out_by_decode_rows_where_rows_times_blocks_is
     assert engine.outcomes[long].finish_reason == "length", "the long prompt starves"
 
 
+def test_a_prefix_hit_does_not_keep_a_prompt_out_for_longer() -> None:
+    """Room for the head's first piece is room behind the blocks it finds, where its table is long already."""
+
+    def steps_to_first_token(known: bool) -> int:
+        engine = LocalEngine(
+            SimulatedTpu,
+            replace(MODEL, max_model_tokens=4096),
+            async_depth=0,
+            adjust=lambda caps: replace(caps, limits=replace(caps.limits, max_table_entries=1024)),
+        )
+        if known:
+            engine.submit([7] * 3500, 1)
+            engine.run()
+        for i in range(31):
+            engine.submit([i, 1, 2, 3], 60 + 8 * i)
+        for _ in range(20):
+            engine.step()
+        long, steps = engine.submit([7] * 3500, 4), 0
+        while not engine.outcomes[long].token_ids:
+            engine.step()
+            steps += 1
+        return steps
+
+    assert steps_to_first_token(known=True) <= steps_to_first_token(known=False)
+
+
 def test_decode_rows_take_turns_where_the_device_does_not_take_them_all() -> None:
     """A bounded page table holds half of the rows at their length: nobody gets two steps while another gets none."""
     engine = LocalEngine(

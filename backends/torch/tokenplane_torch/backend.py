@@ -154,7 +154,10 @@ class TorchBackend(ABC):
 
     @hookimpl
     def adapter_load(self, index: int, adapter: AdapterSpec) -> bool:
-        self._lora().load(index, adapter)
+        from .startup import as_out_of_memory
+
+        with as_out_of_memory("no memory to load it"):
+            self._lora().load(index, adapter)
         return True
 
     @hookimpl

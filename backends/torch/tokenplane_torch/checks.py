@@ -140,7 +140,7 @@ class ObservedStep:
         if key.dtype != value.dtype or key.dtype != query.dtype:
             raise UnsupportedModel(f"layer {layer} mixes {query.dtype}, {key.dtype} and {value.dtype} in its attention")
         shape = LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype)
-        need = LayerNeed(query.shape[1], shape, rule.window, rule.softcap, rule.sinks is not None)
+        need = LayerNeed(query.shape[1], shape, rule.window, rule.softcap, rule.sinks is not None, rule.scaling)
         self.seen.append(Seen(layer, need, mask))
         return query.new_zeros((*query.shape[:2], value.shape[2]))
 

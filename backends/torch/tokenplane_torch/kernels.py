@@ -28,6 +28,7 @@ class LayerNeed:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    scaling: float | None = None  # of scores; None: key_dim ** -0.5
 
 
 class AttentionKernels(Protocol):

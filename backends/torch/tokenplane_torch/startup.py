@@ -67,7 +67,7 @@ def load_runner(model: ModelSpec, device: TorchDevice, options: LoadOptions) -> 
         # Adapters reach the modules of transformers: a device's own way to run the model would pass them by.
         runner: Runner = (checked := checked_runner(module, model, device, policy, step_tokens))
         limits = AdapterLimits(options.max_adapters, options.max_adapter_rank)
-        with _as_out_of_memory(f"no memory left for {limits.max_adapters} adapters of rank {limits.max_rank}"):
+        with as_out_of_memory(f"no memory left for {limits.max_adapters} adapters of rank {limits.max_rank}"):
             adapters = checked.module.adapters = LoraLayers(module, limits)
     else:
         runner = device.runner(module, model, policy, step_tokens)
@@ -153,7 +153,7 @@ def allocate_cache(runner: Runner, device: TorchDevice, layout: KVLayout) -> Non
     wanted, free = layout.num_blocks * runner.block_bytes(), device.free_bytes()
     if wanted > free:
         raise OutOfMemory(f"a KV cache of {layout.num_blocks} blocks needs {wanted} bytes, {free} are free")
-    with _as_out_of_memory(f"a KV cache of {wanted} bytes does not fit"):
+    with as_out_of_memory(f"a KV cache of {wanted} bytes does not fit"):
         runner.allocate(layout)
 
 
@@ -163,7 +163,7 @@ def warm_up(runner: Runner) -> int:
     Raises:
         OutOfMemory: they do not fit beside the cache.
     """
-    with _as_out_of_memory("no memory left to warm up beside the KV cache", "; lower --max-batch-total-tokens"):
+    with as_out_of_memory("no memory left to warm up beside the KV cache", "; lower --max-batch-total-tokens"):
         return runner.warmup()
 
 
@@ -178,7 +178,7 @@ def _measured_workspace(runner: ModelRunner, step_tokens: int, sequences: int) -
     if runner.device.peak_bytes() is None:
         return 0
     what = f"no memory left for a step of {step_tokens} tokens of {sequences} sequences"
-    with _as_out_of_memory(what, "; lower --max-batch-prefill-tokens or --max-batch-size"):
+    with as_out_of_memory(what, "; lower --max-batch-prefill-tokens or --max-batch-size"):
         return _peak_bytes(runner, step_tokens, sequences)
 
 
@@ -212,7 +212,7 @@ def _demanding(rows: int) -> SamplingBatch:
 
 
 @contextlib.contextmanager
-def _as_out_of_memory(what: str, advice: str = "") -> Iterator[None]:
+def as_out_of_memory(what: str, advice: str = "") -> Iterator[None]:
     """Inside, torch's many ways to run out of memory become OutOfMemory: what for, torch's own words, advice."""
     try:
         yield

@@ -184,25 +184,35 @@ class Scheduler:
         """A step with at least one prompt row, or None."""
         plan = Plan("prefill")
         prompts.sort(key=_rank)
-        if not prompts and self._admissible() is None:
+        first = self._first_piece(prompts)
+        if first is None:
             return None
         if self.mixed:
-            self._add_decoding(plan, decoding, beside=prompts[0] if prompts else self._waiting[0][1])
+            self._add_decoding(plan, decoding, first)
         for sequence in prompts:
             self._try_add_chunk(plan, sequence)
         while self._admit_next(plan):
             pass
         return plan if plan.extent.prompts else None
 
-    def _add_decoding(self, plan: Plan, decoding: list[Sequence], beside: Sequence | None = None) -> None:
+    def _first_piece(self, prompts: list[Sequence]) -> tuple[int, int] | None:
+        """Tokens and blocks of the smallest piece that the first prompt row can be; None if no prompt could run."""
+        if prompts:
+            sequence, computed = prompts[0], prompts[0].num_computed_tokens
+        elif (candidate := self._admissible()) is not None:
+            sequence, computed = candidate[0], len(candidate[1]) * self.pool.block_tokens
+        else:
+            return None
+        gap = sequence.num_known_tokens - computed
+        piece = min(self.chunk_tokens or gap, gap)
+        return piece, self.pool.blocks_for(computed + piece)
+
+    def _add_decoding(self, plan: Plan, decoding: list[Sequence], beside: tuple[int, int] = (0, 0)) -> None:
         """Add the decode rows that fit; longest since its last step first, if not all do.
 
-        beside: a prompt that must still get its smallest piece, so that it is not kept out for ever.
+        beside: tokens and blocks of a prompt's piece that must still fit, so that it is not kept out for ever.
         """
-        piece = blocks = 0
-        if beside is not None:
-            piece = min(self.chunk_tokens or beside.gap_tokens, beside.gap_tokens)
-            blocks = self.pool.blocks_for(beside.num_computed_tokens + piece)
+        piece, blocks = beside
 
         def add(rows: list[Sequence]) -> None:
             """All rows if they fit together; else those of the first half that fit, then those of the second."""
