@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import AsyncIterator
 
@@ -17,6 +18,7 @@ from tokenplane_core.client import EngineClient
 
 from . import __version__, both_dialects, health, openapi
 from .auth import ApiKeys, RequireKey, is_open
+from .docs_page import render
 from .errors import ApiError, ClientGone, as_api_error, describe_http_error, error_response
 from .openai import adapter_routes
 from .openai import routes as openai_routes
@@ -28,6 +30,8 @@ from .text.tokenizer import TextTokenizer
 from .tgi import kserve
 from .tgi import routes as tgi_routes
 from .tracing import Tracing, start_tracing
+
+log = logging.getLogger("tokenplane.server")
 
 CLIENT_CLOSED_REQUEST = 499
 """What the log shows for a client that left; nobody receives it."""
@@ -46,6 +50,11 @@ def create_app(
     keys = ApiKeys(settings.api_key, settings.api_key_file)
     if settings.max_requests_per_key is not None and not keys:
         raise ConfigError("--max-requests-per-key needs API keys to tell clients apart: add --api-key-file")
+    if settings.allow_runtime_lora and not keys:
+        log.warning(
+            "--allow-runtime-lora is on and no API key is set: any client may load adapters, and learn which folders"
+            " this machine has; add --api-key-file"
+        )
     tracing = start_tracing(settings)
     app = FastAPI(
         title="Tokenplane",
@@ -65,7 +74,8 @@ def create_app(
     def asks_key(method: str, path: str) -> bool:
         return bool(keys) and not is_open(method, path, settings.vertex_health_route)
 
-    app.state.openapi = msgspec.json.encode(openapi.openapi(routers, asks_key))
+    document = openapi.openapi(routers, asks_key)
+    app.state.openapi, app.state.docs_page = msgspec.json.encode(document), render(document).encode()
     for kind in (ApiError, RequestError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _on_error)
     # The last one added is the outermost.

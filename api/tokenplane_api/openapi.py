@@ -15,7 +15,6 @@ from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
 
 from . import __version__
-from .docs_page import render
 from .errors import UNAUTHORIZED, ErrorKind, ErrorResponse, OpenAIErrorResponse, is_openai_path
 from .operations import Operation, operation_of
 
@@ -41,7 +40,7 @@ async def document(request: Request) -> Response:
 
 @router.get("/docs", include_in_schema=False)
 async def page(request: Request) -> Response:
-    return Response(render(msgspec.json.decode(request.app.state.openapi)), media_type="text/html; charset=utf-8")
+    return Response(request.app.state.docs_page, media_type="text/html; charset=utf-8")
 
 
 @router.get("/docs/", include_in_schema=False)

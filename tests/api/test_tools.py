@@ -298,6 +298,12 @@ def test_with_tools_a_form_is_for_answers_that_are_no_calls(scripted: Scripted, 
     assert grammar is not None and "other" not in grammar.source, "where calls are forced there is no other answer"
 
 
+def test_a_form_that_reads_like_a_call_stays_text(scripted: Scripted) -> None:
+    for answer in ('{"name": "get_time"}', '{"name": "get_time", "arguments": {}}'):
+        choice = scripted.ask(answer, response_format={"type": "json_object"}).choices[0]
+        assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (answer, None, "stop")
+
+
 def test_choices_are_taken_apart_one_by_one(scripted: Scripted) -> None:
     assert [len(choice.message.tool_calls) for choice in scripted.ask(CALL, n=2).choices] == [1, 1]
     names = {0: "", 1: ""}
@@ -422,7 +428,8 @@ def test_channels_become_thoughts_text_and_calls(tmp_path: Path) -> None:
         told = streamed(scripted.ask(f"{thoughts}{to_tool}", stream=True))
         assert told[:4] == ("", "Hm.", [["get_weather", '{"city": "Rome"}']], "tool_calls")
         response = scripted.openai.responses.create(model=MODEL_ID, input="Weather?")
-        assert [item.type for item in response.output] == ["reasoning"]
+        assert [item.type for item in response.output] == ["reasoning", "message"]
+        assert response.output_text == '{"city": "Rome"}', "where there are no functions it is text"
         scripted.ask('{"a": 1}', tools=[], response_format={"type": "json_object"})
         assert engine.last_prompt.endswith("<|start|>assistant<|channel|>final<|message|>")
         forced = scripted.ask('[{"name": "get_time", "arguments": {}}]', tool_choice="required").choices[0]
@@ -488,3 +495,21 @@ def test_every_family_can_be_forced(model_folder: Path, kind: str, parallel: boo
             for call in calls:
                 assert call["function"]["name"] in ("get_time", "set_time")
                 assert json.loads(call["function"]["arguments"])["zone"] in ("CET", "UTC")
+
+
+# --- At the start -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "warns"), [(None, True), ("secret", False)])
+def test_adapters_from_anybody_are_warned_of(
+    model_folder: Path, caplog: pytest.LogCaptureFixture, key: str | None, warns: bool
+) -> None:
+    with live_server(model_folder, allow_runtime_lora=True, api_key=key):
+        assert any("--allow-runtime-lora" in record.getMessage() for record in caplog.records) is warns
+
+
+def test_the_page_of_documents_is_made_once(model_folder: Path) -> None:
+    with live_server(model_folder) as server, server.client() as client:
+        page = server.app.state.docs_page
+        server.app.state.openapi = b"{}"
+        assert client.get("/docs").content == page and b"/v1/chat/completions" in page

@@ -64,6 +64,14 @@ def read(pieces: Iterable[str], parser: AnswerParser | None = None) -> Told:
         ("<|channel|>analysis to=python code<|message|>1+1<|call|>", ("1+1", "", [])),
         ("<|channel|>final<|message|>cut <|en", ("", "cut <|en", [])),
         ("<|channel|>final", ("", "", [])),
+        ("<|channel|>final Hello world", ("", "Hello world", [])),
+        ("<|channel|>analysis Let me see", ("Let me see", "", [])),
+        (f"<|channel|>final {'Long. ' * 50}", ("", "Long. " * 50, [])),
+        ("<|channel|>final A<|end|><|start|>assistant<|channel|>final<|message|>B<|return|>", ("", "AB", [])),
+        ("A<|end|><|start|>assistant", ("", "A", [])),
+        ("a", ("", "a", [])),
+        ("to", ("", "to", [])),
+        ("to=5 it is", ("", "to=5 it is", [])),
         ("Plain words.", ("", "Plain words.", [])),
         ("Plain <|message|> words", ("", "Plain <|message|> words", [])),
         ("", ("", "", [])),
@@ -99,12 +107,22 @@ def test_calls_that_nobody_wants_are_left_out() -> None:
     text = f"{CALL}<|call|>{CALL}<|call|>"
     assert len(read([text])[2]) == 2
     assert len(read([text], FORMAT.new_parser(PROMPT, {"get_weather": {}}, 1))[2]) == 1
-    assert read([text], FORMAT.new_parser(PROMPT, None)) == ("", "", [])
+
+
+def test_a_call_where_there_are_no_functions_is_text() -> None:
+    assert read(f"{THOUGHTS}{CALL}<|call|>", FORMAT.new_parser(PROMPT, None)) == ("Hm < {.", '{"city": "Rome"}', [])
 
 
 def test_a_message_that_the_prompt_began_goes_on() -> None:
     parser = FORMAT.new_parser(f"{PROMPT}<|channel|>analysis<|message|>I thi", {})
     assert read(["nk.<|end|><|start|>assistant<|channel|>final<|message|>Yes"], parser) == ("nk.", "Yes", [])
+
+
+def test_a_call_that_the_prompt_began_goes_on_as_text() -> None:
+    prompt = PROMPT + CALL.removeprefix("<|start|>assistant")[:-5]
+    assert read(f'ome"}}<|call|>{CALL}', FORMAT.new_parser(prompt, {"get_weather": {}})) == (
+        "", 'ome"}', [["get_weather", '{"city": "Rome"}']],
+    )  # fmt: skip
 
 
 def test_a_prescribed_answer_is_on_the_final_channel() -> None:

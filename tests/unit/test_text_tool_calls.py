@@ -106,6 +106,8 @@ ANSWERS: list[tuple[str, str, str, list[list[str]]]] = [
     ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 2}"}</tool_call>', "", [["add", '{"a": 2}']]),
     ("hermes", '<tool_call> {"name": "add" 5 <tool_call>{"name": "ping"}</tool_call>',
      '<tool_call> {"name": "add" 5', [["ping", "{}"]]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1}, "extra": {"name": 2}, "name": 3}</tool_call>tail',
+     "tail", [["add", '{"a": 1}']]),
     ("hermes", "a <tool_call> </tool_call> b", "a <tool_call> </tool_call> b", []),
     ("llama3_json", '{"name": "get_weather", "parameters": ' + WEATHER + "}", "", [["get_weather", WEATHER]]),
     (
@@ -163,6 +165,13 @@ ANSWERS: list[tuple[str, str, str, list[list[str]]]] = [
         [["get_weather", '{"note": null, "city": "7", "note": "8"}']],
     ),
     ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nRo", "", [["get_weather", '{"city": "Ro']]),
+    (
+        "qwen3_coder",
+        "<tool_call><function=get_weather>\n<parameter=city>\nRome < <parameter=\n<parameter=days>3<parameter=note>"
+        "<parameter=x>\n</function></tool_call>",
+        "",
+        [["get_weather", '{"city": "Rome < <parameter=", "days": 3, "note": "", "x": ""}']],
+    ),
     ("qwen3_coder", "<tool_call>\n<function=get_wea", "<tool_call>\n<function=get_wea", []),
     ("qwen3_coder", "<tool_call>\n<function=>\n", "<tool_call>\n<function=>\n", []),
     ("qwen3_coder", '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>', "", [["add", "{}"]]),
@@ -249,6 +258,34 @@ def test_forced_calls_need_no_mark() -> None:
     text = '[{"name": "add", "parameters": {"a": 1}}, {"name": "ping", "parameters": {}}]'
     for kind in TOOL_FORMATS:
         assert read(text, parser_of(kind, is_forced=True)).calls == [["add", '{"a": 1}'], ["ping", "{}"]]
+
+
+def test_schemas_that_make_no_sense_leave_the_types_open() -> None:
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(600):
+        deep = {"anyOf": [deep]}
+    properties = {"a": {"type": None}, "b": {"type": 5}, "c": deep, "d": {"type": ["string", 5]}, "e": 5}
+    parser = ToolCallParser(TOOL_FORMATS["qwen3_coder"], {"f": {"properties": properties}})
+    values = "".join(f"<parameter={name}>1</parameter>" for name in properties)
+    told = read(f"<tool_call><function=f>{values}</function></tool_call>", AnswerParser(None, parser))
+    assert told.calls == [["f", '{"a": 1, "b": 1, "c": 1, "d": "1", "e": 1}']]
+
+
+@pytest.mark.parametrize("kind", TOOL_FORMATS)
+@pytest.mark.parametrize("form", ['{"name": "ping"}', '{"name": "ping", "type": "b"}', '[{"name": "ping"}]'])
+def test_a_prescribed_answer_without_arguments_is_no_call(kind: str, form: str) -> None:
+    format = AnswerFormat(TOOL_FORMATS[kind], None, frozenset())
+    assert read(form, format.new_parser("", PARAMETERS, is_prescribed=True)).all == ("", form, [])
+    before, _, after = TOOL_FORMATS[kind].forced
+    call = f'{before}{{"name": "ping", "{TOOL_FORMATS[kind].arguments_key}": {{}}}}{after}'
+    assert read(call, format.new_parser("", PARAMETERS, is_prescribed=True)).all == ("", "", [["ping", "{}"]])
+
+
+def test_marks_tell_a_prescribed_call_from_an_answer_that_reads_like_one() -> None:
+    form = '{"name": "add", "arguments": {"a": 1}}'
+    for kind in ("hermes", "qwen3_coder"):
+        parser = AnswerFormat(TOOL_FORMATS[kind], None, frozenset()).new_parser("", PARAMETERS, is_prescribed=True)
+        assert read(form, parser).all == ("", form, [])
 
 
 def test_ids_are_unique_and_as_long_as_the_family_wants() -> None:

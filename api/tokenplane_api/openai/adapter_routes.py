@@ -44,7 +44,9 @@ _unload_decoder = msgspec.json.Decoder(UnloadLoRAAdapterRequest)
     errors=(*READS, NOT_FOUND, NOT_READY),
 )
 async def load_lora_adapter(request: Request) -> Response:
-    """Load a LoRA adapter, as in vLLM. Requests may name it once this has answered; others pause while its file is read."""
+    """Load a LoRA adapter, as in vLLM. Requests may name it once this has answered; others pause while its file is
+    read.
+    """
     service = _allowed(request)
     body = await read_json(request, _load_decoder, service.settings.payload_limit_bytes)
     service.require_ready()

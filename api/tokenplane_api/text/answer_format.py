@@ -87,13 +87,22 @@ class AnswerFormat:
         *,
         is_prescribed: bool = False,
     ) -> AnswerParser:
-        """For one answer to `prompt_text`. parameters: JSON Schemas by the tools' names, None without tools."""
+        """For one answer to `prompt_text`. parameters: JSON Schemas by the tools' names, None without tools.
+
+        is_prescribed: a grammar decides what the answer is: calls, or also another form that the client asks for. Where
+        the notation gives such calls no mark, an object with a tool's name and arguments is a call, all else the form.
+        """
         tools = reasoning = None
         if parameters is not None and (is_prescribed or not self.has_channels):
-            tools = ToolCallParser(self.tools, parameters, max_calls, is_forced=is_prescribed)
+            tools = ToolCallParser(
+                self.tools,
+                parameters,
+                max_calls,
+                is_forced=is_prescribed and not self.tools.forces_marks,
+                needs_arguments=is_prescribed,  # a grammar for calls asks for them
+            )
         if self.has_channels:
-            most = max_calls if parameters is not None else 0
-            return HarmonyParser(prompt_text, tools, most, self.tells_thoughts)
+            return HarmonyParser(prompt_text, tools, max_calls, self.tells_thoughts, parameters is not None)
         if self.reasoning is not None and not is_prescribed:
             reasoning = ReasoningSplitter(self.reasoning, self.opens_reasoning(prompt_text))
         return AnswerParser(reasoning, tools)

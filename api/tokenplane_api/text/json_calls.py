@@ -19,7 +19,7 @@ _SCALAR_END = re.compile(r"[\s,\]}]")
 _NAME_KEYS = ("name", "function")
 _ARGUMENT_KEYS = ("arguments", "parameters")
 _KNOWN_KEYS = frozenset({*_NAME_KEYS, *_ARGUMENT_KEYS, "type", "id"})
-"""What models write into a call; an object with another key is not one, so it need not be held back any longer."""
+"""What models write into a call; an object with another key in front is not one, so it need not be held back longer."""
 
 
 class JsonValue:
@@ -77,14 +77,15 @@ class CallReader:
     Arguments are passed on as the model writes them, once the name is known; a string of JSON is unpacked.
     """
 
-    def __init__(self, name: str | None = None) -> None:
-        """name: what follows are the arguments alone."""
+    def __init__(self, name: str | None = None, needs_arguments: bool = False) -> None:
+        """name: what follows are the arguments alone. needs_arguments: without them an object is no call."""
         self.name = name
         self.is_done = False
         self.is_broken = False
         """It is no call, or one that goes on as no JSON can. Nothing more is read."""
         self._has_arguments = False  # they have begun
         self._arguments: list[str] = []
+        self._needs_arguments = needs_arguments
         self._only_arguments = name is not None
         self._expects = "value" if self._only_arguments else "{"
         self._key = _ARGUMENT_KEYS[0]
@@ -143,8 +144,8 @@ class CallReader:
 
     def _end_value(self, value: JsonValue, held: str) -> None:
         if self._expects == "key":
-            self._key = _string(held) or ""
-            self.is_broken = self._key not in _KNOWN_KEYS
+            self._key = "" if self.is_call else _string(held) or ""  # a call has all it needs; the rest is skipped
+            self.is_broken = not self.is_call and self._key not in _KNOWN_KEYS
             self._expects = ":"
             return
         self._expects = ","
@@ -159,9 +160,9 @@ class CallReader:
             self.is_done = True
 
     def _end(self) -> None:
-        self.is_done = self.name is not None
+        self.is_done = self.is_call or (self.name is not None and not self._needs_arguments)
         self.is_broken = not self.is_done
-        if not self._has_arguments:
+        if self.is_done and not self._has_arguments:
             self._has_arguments = True
             self._arguments.append("{}")
 

@@ -54,14 +54,17 @@ class ToolCallParser:
         max_calls: int | None = None,
         *,
         is_forced: bool = False,
+        needs_arguments: bool = False,
     ) -> None:
         """parameters: JSON Schemas by the tools' names; where calls need no mark, only what has such a name is a call.
 
         max_calls: calls beyond that are left out. is_forced: the answer may begin with calls without marks.
+        needs_arguments: a JSON object without arguments is no call.
         """
         self._format = format
         self._parameters = parameters
         self._max_calls = max_calls
+        self._needs_arguments = needs_arguments
         self._num_calls = 0
         self._reader: CallReader | XmlCallReader | None = None
         self._buffer = ""
@@ -155,7 +158,7 @@ class ToolCallParser:
         if is_xml:
             self._reader = XmlCallReader(self._parameters)
         elif first == "{":
-            self._reader = CallReader()
+            self._reader = CallReader(needs_arguments=self._needs_arguments)
         elif self._may_be_header and first not in _SEPARATORS:
             return self._read_header()
         elif first in _SEPARATORS:

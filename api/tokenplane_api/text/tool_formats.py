@@ -35,6 +35,11 @@ class ToolFormat:
     def all_marks(self) -> tuple[str, ...]:
         return (*(mark for pair in self.marks for mark in pair if mark), *self.inner_marks)
 
+    @property
+    def forces_marks(self) -> bool:
+        """Whether calls that a grammar allows can be told from any other JSON."""
+        return any(opener in self.forced[0] for opener, _ in self.marks)
+
     def new_id(self) -> str:
         digits = secrets.token_hex(self.id_chars // 2 + 1)[: self.id_chars]
         return f"call_{digits}" if self.id_chars > 9 else digits

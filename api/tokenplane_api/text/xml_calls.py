@@ -7,7 +7,8 @@
     </function>
 
 What a value means follows from the schema of the tool's parameters: a string stands there as it is, everything else as
-JSON. Strings are passed on as they grow, other values when they are complete.
+JSON. Strings are passed on as they grow, other values when they are complete. Models forget `</parameter>`, so the next
+parameter and the end of the function end a value too; that a string has such a tag inside is the rarer case.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ FUNCTION = "<function="
 
 _NAME = re.compile(r"<function=([^<>\n]{1,200})>")
 _MOST_NAME_CHARS = 200 + len(FUNCTION)
-_NEXT = re.compile(r"<parameter=([^<>\n]+)>|</function>|(?=</tool_call>)")
+_NEXT = re.compile(r"<parameter=([^<>\n]{1,200})>|</function>|(?=</tool_call>)")
 _PARAMETER = "<parameter="
 _ENDS_OF_CALL = ("</function>", "</tool_call>")
-_END = "</parameter>"
+_END = re.compile(r"\n?(?:</parameter>|(?=<parameter=[^<>\n]{1,200}>|</function>))")
+_MAY_BE_NEXT = re.compile(r"\n?<parameter=[^<>\n]{0,200}\Z")
+_ENDS_OF_VALUE = tuple(f"{space}{mark}" for space in ("", "\n") for mark in ("</parameter>", _PARAMETER, "</function>"))
+
+_MOST_DEPTH = 20
+"""Of alternatives within alternatives in a schema; what lies deeper is open."""
 
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 _KINDS: dict[type, set[str]] = {
@@ -66,14 +72,14 @@ class XmlCallReader:
     def push(self, text: str, at: int = 0) -> int:
         """Read on; returns the position behind what was read. The rest is wanted again, with what follows it."""
         while at < len(text) and not (self.is_done or self.is_broken):
-            before = at
+            before = at, self._kinds
             if self.name is None:
                 at = self._read_name(text, at)
             elif self._kinds is None:
                 at = self._read_between(text, at)
             else:
                 at = self._read_value(text, at, self._kinds)
-            if at == before:
+            if (at, self._kinds) == before:  # an empty value may end without a character
                 break
         return at
 
@@ -115,34 +121,43 @@ class XmlCallReader:
             self._begins = False
             if text[at] == "\n":
                 return at + 1
-        end = text.find(_END, at)
-        rest = text[at:]
-        held = max(overlap(rest, "\n" + _END), overlap(rest, _END)) if end < 0 else 0
-        value = rest[: len(rest) - held] if end < 0 else text[at:end].removesuffix("\n")
+        end = _END.search(text, at)
+        stop = end.start() if end else _safe_end(text, at)
+        value = text[at:stop]
         if kinds == {"string"}:
             self._arguments.append(_string(value)[1:-1])
         else:
             self._held.append(value)
-        if end < 0:
-            return len(text) - held
+        if end is None:
+            return stop
         self._arguments.append('"' if kinds == {"string"} else _json("".join(self._held), kinds))
         self._held.clear()
         self._kinds = None
-        return end + len(_END)
+        return end.end()
 
 
-def _kinds(schema: Any) -> set[str]:
-    """The types that a schema names; empty if it leaves them open."""
-    if not isinstance(schema, Mapping):
+def _safe_end(text: str, at: int) -> int:
+    """Up to where no end of the value that goes on at `at` can begin."""
+    found = _MAY_BE_NEXT.search(text, at)
+    if found is not None:
+        return found.start()
+    return len(text) - max(overlap(text[at:], mark) for mark in _ENDS_OF_VALUE)
+
+
+def _kinds(schema: Any, depth: int = 0) -> set[str]:
+    """The types that a schema names; empty if it leaves them open, or makes no sense."""
+    if not isinstance(schema, Mapping) or depth > _MOST_DEPTH:
         return set()
     if isinstance(schema.get("enum"), list):
         return {kind for value in schema["enum"] for kind in _KINDS.get(type(value), ())}
     parts = schema.get("anyOf") or schema.get("oneOf")
     if isinstance(parts, list):
-        of_parts = [_kinds(part) for part in parts]
+        of_parts = [_kinds(part, depth + 1) for part in parts]
         return set().union(*of_parts) if all(of_parts) else set()
-    types = schema.get("type", [])
-    return {types} if isinstance(types, str) else {kind for kind in types if isinstance(kind, str)}
+    types = schema.get("type")
+    if isinstance(types, str):
+        return {types}
+    return {kind for kind in types if isinstance(kind, str)} if isinstance(types, list) else set()
 
 
 def _json(text: str, kinds: set[str]) -> str:
