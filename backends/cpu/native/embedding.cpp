@@ -1,6 +1,9 @@
 #include "embedding.h"
 
+#include <math.h>
 #include <string.h>
+
+#include <algorithm>
 
 #include "isa.h"
 #include "kernels/linear.h"
@@ -29,6 +32,10 @@ void unpack(const tp_linear_weight& weight, int output, float scale, float* row)
 }  // namespace
 
 void embedding_row(const tp_decoder& decoder, int token_id, float* row) {
+  if (token_id < 0 || token_id >= decoder.head.outputs) {
+    std::fill(row, row + decoder.hidden, NAN);
+    return;
+  }
   if (!decoder.embedding) return unpack(decoder.head, token_id, decoder.embedding_scale, row);
   const size_t bytes = decoder.embedding_type == TP_F32 ? 4 : 2;
   const char* stored = static_cast<const char*>(decoder.embedding) + size_t(token_id) * decoder.hidden * bytes;

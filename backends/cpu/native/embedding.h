@@ -5,7 +5,7 @@
 
 namespace tp {
 
-// row[hidden] = embedding of the token * embedding_scale.
+// row[hidden] = embedding of the token * embedding_scale; NaN for an id that the vocabulary does not have.
 void embedding_row(const tp_decoder& decoder, int token_id, float* row);
 
 }  // namespace tp

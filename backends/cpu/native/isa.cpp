@@ -37,7 +37,7 @@ namespace {
 bool may_use_tiles() {
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // amx-bf16, amx-tile, amx-int8
+  const unsigned wanted = 1u << 22 | 1u << 24;  // amx-bf16, amx-tile
   if ((edx & wanted) != wanted) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -50,9 +50,29 @@ struct Tier {
 };
 
 #if TP_HAS_amx
+// Each tier needs what CMakeLists.txt compiles it for, and so all that the one below needs.
+#if !defined(__clang__) && __GNUC__ >= 12
+bool runs_avx2() { return __builtin_cpu_supports("x86-64-v3"); }
+
+bool runs_avx512() { return runs_avx2() && __builtin_cpu_supports("x86-64-v4"); }
+#else  // which know no levels; no processor has these and lacks the rest
 bool runs_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
 }
+
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+}
+#endif
+
+bool runs_avx512_bf16() {
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
+
+bool runs_amx() { return runs_avx512_bf16() && may_use_tiles(); }
 #endif
 
 // Weakest first.
@@ -63,19 +83,9 @@ const Tier tiers[] = {
     {TP_TABLE(generic), [] { return true; }},
 #if TP_HAS_amx
     {TP_TABLE(avx2), runs_avx2},
-    {TP_TABLE(avx512),
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512cd");
-     }},
-    {TP_TABLE(avx512_bf16),
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-              __builtin_cpu_supports("avx512vbmi");
-     }},
-    {TP_TABLE(amx), [] { return __builtin_cpu_supports("avx512bf16") && may_use_tiles(); }},
+    {TP_TABLE(avx512), runs_avx512},
+    {TP_TABLE(avx512_bf16), runs_avx512_bf16},
+    {TP_TABLE(amx), runs_amx},
 #endif
 };
 
@@ -98,6 +108,8 @@ const Kernels& kernels() { return (in_use ? in_use : best())->kernels; }
 }  // namespace tp
 
 extern "C" {
+
+TP_API int tp_abi(void) { return TP_ABI; }
 
 TP_API const char* tp_best_isa(void) { return tp::best()->kernels.isa; }
 

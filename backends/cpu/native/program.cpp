@@ -1,10 +1,11 @@
 #include "program.h"
 
-#include <stdlib.h>
+#include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <new>
 
 #include "attention.h"
 #include "embedding.h"
@@ -12,6 +13,7 @@
 #include "kernels/attention.h"
 #include "kernels/pointwise.h"
 #include "linear.h"
+#include "stop.h"
 
 namespace tp {
 namespace {
@@ -40,37 +42,52 @@ void share_rows(Team& team, int count, Body&& body) {
 // --- Memory ---------------------------------------------------------------------------------------------------------
 
 void Scratch::allocate(size_t bytes) {
+  release();
   bytes_ = std::max<size_t>(bytes, 1);
   memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory_ == MAP_FAILED) abort();  // it is address space that is short, not memory
+  // Mostly it is address space that is short; memory, too, where the system promises no more than it has
+  // (vm.overcommit_memory=2), for MAP_NORESERVE means nothing then.
+  if (memory_ == MAP_FAILED) stop("no memory for a program", strerror(errno));
 }
 
-Scratch::~Scratch() {
+Scratch::~Scratch() { release(); }
+
+void Scratch::release() {
   if (memory_) munmap(memory_, bytes_);
 }
 
 Program::Program(const tp_decoder& decoder) : decoder_(decoder), weight_bytes_(packed_bytes(decoder.head)) {
   const size_t tokens = decoder.max_tokens, hidden = decoder.hidden;
-  size_t qkv = 0, attended = 0, gated = 0, workspace = linear_workspace_bytes(decoder.head, decoder.max_tokens);
-  const int threads = pool().size();
+  size_t qkv = 0, attended = 0, gated = 0;
   for (int i = 0; i < decoder.num_layers; ++i) {
     const tp_layer& layer = decoder.layers[i];
+    if (2 * layer.rotary_pairs > layer.attention.key_dim) stop("a decoder", "rotary_pairs is more than key_dim / 2");
     qkv = std::max<size_t>(qkv, layer.qkv.outputs);
     attended = std::max<size_t>(attended, layer.out.inputs);
     gated = std::max<size_t>(gated, layer.down.inputs);
-    workspace = std::max(workspace, attention_workspace_bytes(layer.attention, decoder.max_keys, threads));
-    for (const tp_linear_weight* weight : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) {
-      workspace = std::max(workspace, linear_workspace_bytes(*weight, decoder.max_tokens));
+    for (const tp_linear_weight* weight : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
       weight_bytes_ += packed_bytes(*weight);
-    }
   }
   for (Scratch* scratch : {&first_tokens_, &positions_}) scratch->allocate(tokens * sizeof(int32_t));
   cache_index_.allocate(tokens * sizeof(int64_t));
   qkv_.allocate(tokens * qkv * sizeof(float));
   for (Scratch* scratch : {&residual_, &normed_, &delta_, &wanted_}) scratch->allocate(tokens * hidden * sizeof(float));
   for (Scratch* scratch : {&attended_, &wanted_attended_}) scratch->allocate(tokens * attended * sizeof(float));
-  few_normed_.allocate(size_t(threads) * kFewRows * hidden * sizeof(float));
   gated_.allocate(tokens * gated * sizeof(float));
+  allocate_for_threads();
+}
+
+// What depends on how many threads there are, and on the tier.
+void Program::allocate_for_threads() {
+  threads_ = pool().size(), kernels_ = &kernels();
+  size_t workspace = linear_workspace_bytes(decoder_.head, decoder_.max_tokens);
+  for (int i = 0; i < decoder_.num_layers; ++i) {
+    const tp_layer& layer = decoder_.layers[i];
+    workspace = std::max(workspace, attention_workspace_bytes(layer.attention, decoder_.max_keys, threads_));
+    for (const tp_linear_weight* weight : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
+      workspace = std::max(workspace, linear_workspace_bytes(*weight, decoder_.max_tokens));
+  }
+  few_normed_.allocate(size_t(threads_) * kFewRows * decoder_.hidden * sizeof(float));
   workspace_.allocate(workspace);
 }
 
@@ -78,6 +95,7 @@ Program::Program(const tp_decoder& decoder) : decoder_(decoder), weight_bytes_(p
 
 template <class Body>
 void Program::run(int tokens, Body&& body) {
+  if (pool().size() != threads_ || &kernels() != kernels_) allocate_for_threads();  // set anew since
   pool().run_small(tokens * weight_bytes_ < kSmallStepBytes, body);
 }
 
@@ -230,7 +248,13 @@ struct tp_program {
 
 extern "C" {
 
-TP_API tp_program* tp_program_create(const tp_decoder* decoder) { return new tp_program{tp::Program(*decoder)}; }
+TP_API tp_program* tp_program_create(const tp_decoder* decoder) {
+  try {
+    return new tp_program{tp::Program(*decoder)};
+  } catch (const std::bad_alloc& error) {
+    tp::stop("no memory for a program", error.what());
+  }
+}
 
 TP_API void tp_program_destroy(tp_program* program) { delete program; }
 

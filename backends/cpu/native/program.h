@@ -7,18 +7,19 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "isa.h"
 #include "team.h"
 #include "tokenplane_cpu.h"
 
 namespace tp {
 
-// Memory that is committed when first used, freed with the object.
+// Memory that is committed when first used, freed with the object or when other memory is allocated.
 class Scratch {
  public:
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   ~Scratch();
-  void allocate(size_t bytes);
+  void allocate(size_t bytes);  // what it had is lost
 
   template <class T>
   T* as() const {
@@ -26,6 +27,8 @@ class Scratch {
   }
 
  private:
+  void release();
+
   void* memory_ = nullptr;
   size_t bytes_ = 0;
 };
@@ -48,6 +51,7 @@ class Program {
 
   template <class Body>
   void run(int tokens, Body&& body);
+  void allocate_for_threads();
   void place_tokens(const tp_step& step);
   void attention(Team& team, const tp_layer& layer, const tp_step& step);
   void turn(const tp_layer& layer, int token);
@@ -60,6 +64,8 @@ class Program {
   const tp_decoder decoder_;
   size_t weight_bytes_;  // that a token passes through
   int num_wanted_ = 0;
+  int threads_ = 0;                   // that few_normed_ and workspace_ are for
+  const Kernels* kernels_ = nullptr;  // the same
   Scratch first_tokens_, positions_, cache_index_;  // of the step's rows and tokens
   Scratch residual_, normed_, few_normed_, qkv_, attended_, gated_, delta_;
   Scratch wanted_, wanted_attended_;  // of the wanted tokens alone

@@ -3,15 +3,18 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdint.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
+#include "stop.h"
 #include "tokenplane_cpu.h"
 
 namespace tp {
@@ -37,9 +40,9 @@ void bind_to(int cpu) {
   pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus);  // a hint: without it the system places the thread
 }
 
-long futex(std::atomic<int>* word, int operation, int value) {
-  static_assert(sizeof(std::atomic<int>) == sizeof(int), "a futex is an int");
-  return syscall(SYS_futex, reinterpret_cast<int*>(word), operation, value, nullptr, nullptr, 0);
+long futex(std::atomic<unsigned>* word, int operation, unsigned value) {
+  static_assert(sizeof(std::atomic<unsigned>) == sizeof(uint32_t), "a futex has 32 bits");
+  return syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation, value, nullptr, nullptr, 0);
 }
 
 }  // namespace
@@ -48,7 +51,7 @@ struct Pool::State {
   int threads;
   std::vector<std::thread> workers;
   // Each on its own cache line: threads spin on one while others write the next.
-  alignas(64) std::atomic<int> generation{0};
+  alignas(64) std::atomic<unsigned> generation{0};  // counts barriers, and may start again at 0
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> next_item{0};
   alignas(64) std::atomic<int> sleepers{0};  // at the barrier
@@ -61,12 +64,12 @@ struct Pool::State {
   int asleep = 0;
 
   void meet() {
-    const int now = generation.load(std::memory_order_acquire);
+    const unsigned now = generation.load(std::memory_order_acquire);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived.store(0, std::memory_order_relaxed);
       next_item.store(0, std::memory_order_relaxed);
       generation.store(now + 1);
-      if (sleepers.load() > 0) futex(&generation, FUTEX_WAKE_PRIVATE, threads);
+      if (sleepers.load() > 0) futex(&generation, FUTEX_WAKE_PRIVATE, unsigned(threads));
       return;
     }
     for (int spins = 0; spins < kBarrierSpins; ++spins) {
@@ -101,18 +104,20 @@ int Team::take() { return pool_.state_->next_item.fetch_add(1, std::memory_order
 
 Pool::Pool(int threads, const int* cpus) : state_(new State) {
   state_->threads = std::max(1, threads);
-  for (int i = 1; i < state_->threads; ++i) {
-    const int cpu = cpus ? cpus[i] : -1;
-    state_->workers.emplace_back([this, i, cpu] {
-      if (cpu >= 0) bind_to(cpu);
-      Team team(*this, i, state_->threads);
-      for (unsigned seen = 0;;) {
-        seen = state_->wait_for_task(seen);
-        if (state_->stopping.load(std::memory_order_acquire)) return;
-        state_->task(state_->context, team);
-        team.barrier();
-      }
-    });
+  const auto work = [this](int thread, int cpu) {
+    if (cpu >= 0) bind_to(cpu);
+    Team team(*this, thread, state_->threads);
+    for (unsigned seen = 0;;) {
+      seen = state_->wait_for_task(seen);
+      if (state_->stopping.load(std::memory_order_acquire)) return;
+      state_->task(state_->context, team);
+      team.barrier();
+    }
+  };
+  try {
+    for (int i = 1; i < state_->threads; ++i) state_->workers.emplace_back(work, i, cpus ? cpus[i] : -1);
+  } catch (const std::system_error& error) {
+    stop("the system starts no more threads", error.what());
   }
 }
 

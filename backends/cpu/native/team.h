@@ -45,8 +45,8 @@ class Pool {
  public:
   using Task = void (*)(void* context, Team& team);
 
-  // threads counts the caller. cpus[threads]: the CPU each is bound to, or null to leave that to the system. The
-  // caller's own thread stays as it is.
+  // threads counts the caller. cpus[threads]: the CPU each is bound to, or null to leave that to the system. Not so the
+  // caller's own thread, which is the first: it stays as it is, and tp_set_threads binds it.
   Pool(int threads, const int* cpus);
   ~Pool();
   Pool(const Pool&) = delete;

@@ -13,6 +13,11 @@
 extern "C" {
 #endif
 
+// The number of this interface, which Python compares with its own before anything else (native.py). It goes up with
+// every change of a struct's layout or of a function's parameters.
+enum { TP_ABI = 1 };
+TP_API int tp_abi(void);
+
 // Best tier of instruction sets that this machine and operating system can run: "generic", "avx2", "avx512",
 // "avx512_bf16" or "amx".
 TP_API const char* tp_best_isa(void);
@@ -24,7 +29,8 @@ TP_API const char* tp_isa(void);
 TP_API int tp_set_isa(const char* name);
 
 // Compute with that many threads, the caller's included. cpus[threads] binds each to a CPU, the calling thread to
-// cpus[0]; null binds nothing. Ends the threads of an earlier call.
+// cpus[0]; null binds nothing. Ends the threads of an earlier call. Where the system gives no more threads, the process
+// stops with a message.
 TP_API void tp_set_threads(int threads, const int* cpus);
 
 // --- Linear layers (linear.h) ---------------------------------------------------------------------------------------
@@ -152,7 +158,7 @@ typedef struct {
   const int32_t* history_lengths;
   const int32_t* history_prompts;  // how many of them are the prompt
   int64_t history_stride;
-  int32_t* token_ids;    // [rows] out
+  int32_t* token_ids;    // [rows] out; -1: no id has a finite logit, or one is inf, and nothing could be drawn
   float* logprobs;       // [rows] out; null if no row asks
   int32_t* top_ids;      // [rows, width] out, best first
   float* top_logprobs;   // [rows, width] out
@@ -179,7 +185,7 @@ typedef struct {
   tp_norm query_norm, key_norm;  // of one head's size, else of all heads together
   const float* cosines;          // [positions, rotary_pairs]
   const float* sines;
-  int32_t rotary_pairs;  // 0: no rotary embedding
+  int32_t rotary_pairs;  // at most key_dim / 2; 0: no rotary embedding
   int32_t interleaved;   // 0: dimension i of a head turns with i + rotary_pairs; 1: 2i with 2i + 1
 } tp_layer;
 
@@ -218,7 +224,8 @@ typedef struct {
 
 typedef struct tp_program tp_program;
 
-// The decoder and what it points to must outlive the program.
+// The decoder and what it points to must outlive the program. The process stops with a message where there is no memory
+// or the decoder is not what tp_layer says.
 TP_API tp_program* tp_program_create(const tp_decoder* decoder);
 TP_API void tp_program_destroy(tp_program* program);
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
 
+from tokenplane_core.backend.errors import ConfigError, OutOfMemory, UnsupportedModel
 from tokenplane_core.backend.records import Capabilities, LoadOptions
 from tokenplane_core.messages import SamplingParams
 from tokenplane_core.model import describe_model
 from tokenplane_cpu import host
-from tokenplane_cpu.decoder import read_decoder
+from tokenplane_cpu.decoder import Decoder, NoProducts, NotPlain, _require_plain, read_decoder
 from tokenplane_cpu.plugin import CpuBackend
 from tokenplane_torch.testing import Driver, make_checkpoint, reference_greedy
+from tokenplane_torch.testing import checkpoints as checkpoints_of
 
 NATIVE = "one native call a step"
 PLAIN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")
@@ -56,6 +63,86 @@ def test_a_program_that_computes_something_else_does_not_serve(tmp_path: Path, m
     plugin, facts = load(folder)
     assert "computes something else" in facts.kernels["step"]
     assert Driver(plugin, facts).generate([[5, 6, 7]], 8) == [reference_greedy(folder, [5, 6, 7], 8)]
+
+
+@pytest.mark.parametrize("part", ["survey", "read_decoder", "require_same_at_all_positions", "compare"])
+@pytest.mark.parametrize("error", [TypeError("no such part"), UnsupportedModel("no such part")])
+def test_whatever_goes_wrong_on_the_way_to_a_program_torch_serves(
+    part: str, error: Exception, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(host, part, fails)
+    plugin, facts = load(checkpoint)
+    assert facts.kernels["step"].startswith("torch") and "no such part" in facts.kernels["step"]
+    assert Driver(plugin, facts).generate([[5, 6, 7]], 8) == [reference_greedy(checkpoint, [5, 6, 7], 8)]
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("full"), ConfigError("contradicts")])
+def test_too_little_memory_and_wrong_options_are_no_reason_for_torch(
+    error: Exception, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(host, "compare", fails)
+    with pytest.raises(type(error)):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_queries_that_grow_with_their_position_go_through_torch(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ministral 3 scales them beyond a length that no short comparison reaches."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    fields = {"head_dim": 16, "sliding_window": None, "rope_parameters": rope | {"llama_4_scaling_beta": 0.5}}
+    monkeypatch.setitem(checkpoints_of._CONFIGS, "ministral3", ("Ministral3Config", fields))
+    folder = make_checkpoint("ministral3", tmp_path)
+    plugin, facts = load(folder, dtype)
+    assert "queries of its layer 0 depend on the position" in facts.kernels["step"]
+    if dtype == "float32":
+        prompt = [random.Random(1).randrange(3, 320) for _ in range(150)]
+        assert Driver(plugin, facts).generate([prompt], 8) == [reference_greedy(folder, prompt, 8)]
+
+
+def test_scaling_is_what_the_layers_gave_to_the_attention_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def reads(*args: Any) -> Decoder:
+        for layer in args[0].get_decoder().layers:
+            layer.self_attn.scaling = "of another meaning, by the time this is read"
+        read.append(read_decoder(*args))
+        raise TypeError("enough")
+
+    monkeypatch.setattr(host, "read_decoder", reads)
+    with contextlib.suppress(UnsupportedModel):
+        load(make_checkpoint("gemma2", tmp_path, query_pre_attn_scalar=9))
+    assert [layer.scaling for layer in read[0].layers] == [pytest.approx(1 / 3)] * 3
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["subclass", "float8", "forward"])
+def test_linear_layers_of_their_own_kind_are_not_read(kind: str) -> None:
+    part: Any = (OwnLinear if kind == "subclass" else nn.Linear)(4, 4)
+    _require_plain(nn.Linear(4, 4))
+    if kind == "float8":
+        part.weight = nn.Parameter(part.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    if kind == "forward":
+        part.forward = lambda rows: rows
+    with pytest.raises(NotPlain, match="float8_e4m3fn" if kind == "float8" else "of its own kind"):
+        _require_plain(part)
+
+
+def test_a_call_of_linear_by_names_is_no_product_either() -> None:
+    with NoProducts():
+        assert torch.equal(linear(input=torch.ones(2, 4), weight=torch.ones(3, 4)), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

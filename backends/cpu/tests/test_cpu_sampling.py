@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenplane_core.backend import sampling as reference
 from tokenplane_core.backend.records import SamplingBatch, TokenMask
 from tokenplane_core.messages import SamplingParams
-from tokenplane_cpu.native import library
+from tokenplane_cpu.native import library, runnable_tiers
 from tokenplane_cpu.sampler import HostSampler
 from tokenplane_torch.testing import PlainDevice
 from tokenplane_torch.testing.driver import sampling_batch
@@ -25,8 +25,7 @@ NO_HISTORY = reference.History(np.zeros(0, np.int32), 0)
 
 
 LIBRARY = library()
-TIERS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
-RUNNABLE = [tier for tier in TIERS if LIBRARY is not None and LIBRARY.tp_set_isa(tier.encode()) == 0]
+RUNNABLE = [tier for tier in runnable_tiers() if tier != "amx_emulated"]
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="tokenplane-cpu was installed without its native kernels")
 

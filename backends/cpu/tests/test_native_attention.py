@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenplane_core.backend.errors import ConfigError
 from tokenplane_cpu.attention import BLOCK_TOKENS, NativeKernels, choose
-from tokenplane_cpu.native import library, use_threads
+from tokenplane_cpu.native import library, runnable_tiers, use_threads
 from tokenplane_torch.attention import AttentionRule
 from tokenplane_torch.choice import ONLY
 from tokenplane_torch.kernels import AttentionKernels, LayerNeed, TorchKernels
@@ -23,8 +23,7 @@ from tokenplane_torch.kv_cache import LayerCache, LayerShape, allocate
 from tokenplane_torch.step import PagedStep, StepPlan, plan_step
 
 LIBRARY = library()
-TIERS = ("amx_emulated", "generic", "avx2", "avx512", "avx512_bf16", "amx")
-RUNNABLE = [tier for tier in TIERS if LIBRARY is not None and LIBRARY.tp_set_isa(tier.encode()) == 0]
+RUNNABLE = runnable_tiers()
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 # heads, KV heads, key size, value size
 SHAPES = [(9, 3, 64, 64), (4, 4, 33, 17), (8, 1, 128, 128), (3, 1, 7, 5), (2, 1, 256, 256), (5, 1, 80, 96)]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from tokenplane_cpu.linear import Activation, Epilogue, PackedLinear, Part, WeightType
-from tokenplane_cpu.native import library, use_threads
+from tokenplane_core.backend.errors import ConfigError
+from tokenplane_cpu import native
+from tokenplane_cpu.linear import Activation, Epilogue, PackedLinear, Part, WeightType, zeroed_memory
+from tokenplane_cpu.native import isa, library, runnable_tiers, use_threads
 from tokenplane_cpu.quantization import Form, stored
 
 LIBRARY = library()
-TIERS = ("amx_emulated", "generic", "avx2", "avx512", "avx512_bf16", "amx")
-RUNNABLE = [tier for tier in TIERS if LIBRARY is not None and LIBRARY.tp_set_isa(tier.encode()) == 0]
+RUNNABLE = runnable_tiers()
 KINDS = [
     (WeightType.F32, 0),
     (WeightType.BF16, 0),
@@ -35,6 +39,35 @@ ACTIVATIONS = {
 }
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="tokenplane-cpu was installed without its native kernels")
+
+
+def test_looking_for_the_tiers_leaves_the_one_in_use() -> None:
+    assert LIBRARY is not None
+    before = LIBRARY.tp_isa()
+    try:
+        assert LIBRARY.tp_set_isa(b"generic") == 0
+        assert runnable_tiers() == RUNNABLE and "generic" in RUNNABLE
+        assert isa() == "generic"
+    finally:
+        LIBRARY.tp_set_isa(before)
+
+
+def test_a_kernel_without_huge_pages_gives_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Plain)
+    assert bytes(zeroed_memory(100)) == bytes(100)
+
+
+@pytest.mark.parametrize(("file", "number"), [(Path(torch._C.__file__), native.ABI), (native._FILE, native.ABI + 1)])
+def test_a_library_of_another_version_is_refused(file: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without a number, and one with another."""
+    monkeypatch.setattr(native, "_FILE", file)
+    monkeypatch.setattr(native, "ABI", number)
+    with pytest.raises(ConfigError, match=f"needs version {number}; reinstall tokenplane-cpu"):
+        native.library.__wrapped__()
 
 
 @pytest.fixture(params=RUNNABLE)

@@ -2,9 +2,10 @@
 
 No architecture is known by name. The module runs once on a few tokens, watched; which of its linear layers and norms
 were called, in which order and of which shapes, says what each is for, and a look at what a small part computes says
-the rest (a norm's offset, an activation, a scaled embedding). Every parameter must have found its place. What is read
-this way may still be wrong in ways that shapes do not show: whoever uses it compares logits
-(tokenplane_torch.checks.compare).
+the rest (a norm's offset, an activation, a scaled embedding). Every parameter must belong to a part that was called
+(attention sinks aside), and every part with parameters that was called must have found its place. What is read this way
+may still be wrong in ways that shapes do not show: whoever uses it compares logits (tokenplane_torch.checks.compare),
+and looks at positions far beyond those of such a comparison (positions.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from tokenplane_torch.kernels import LayerNeed
+
+from .linear import SOURCE_TYPES
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
@@ -79,9 +82,12 @@ class NoProducts(TorchFunctionMode):
     """Inside, linear layers give zeros at once: for who wants to know what is called, not what comes of it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is linear:
-            return args[0].new_zeros((*args[0].shape[:-1], len(args[1])))
-        return func(*args, **(kwargs or {}))
+        return (_no_product if func is linear else func)(*args, **(kwargs or {}))
+
+
+def _no_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In place of torch.nn.functional.linear."""
+    return input.new_zeros((*input.shape[:-1], len(weight)))
 
 
 class Watched:
@@ -132,10 +138,12 @@ def read_decoder(module: PreTrainedModel, seen: Watched, needs: Sequence[LayerNe
     layers = getattr(decoder, "layers", None)
     if (
         not isinstance(embedding, nn.Embedding)
+        or embedding.weight.dtype not in SOURCE_TYPES
         or not isinstance(head, nn.Linear)
         or not isinstance(layers, nn.ModuleList)
     ):
         raise NotPlain("it is not made of an embedding, a list of layers and a linear output layer")
+    _require_plain(head)
     if len(seen.inputs) != len(layers) or len(needs) != len(layers):
         raise NotPlain(f"{len(seen.inputs)} calls of its {len(layers)} layers")
     tables = _RotaryTables(decoder, seen, max_model_tokens)
@@ -205,7 +213,7 @@ def _read_layer(layer: nn.Module, parts: list[nn.Module], need: LayerNeed, rotar
     attention_norm, mlp_norm = _between(before, between)
     return Layer(
         need=need,
-        scaling=float(getattr(attention, "scaling", shape.key_dim**-0.5)),
+        scaling=shape.key_dim**-0.5 if need.scaling is None else float(need.scaling),
         sinks=attention.sinks.float() if need.sinks else None,
         rotary=rotary,
         input_norm=_optional_norm(before),
@@ -223,7 +231,20 @@ def _read_layer(layer: nn.Module, parts: list[nn.Module], need: LayerNeed, rotar
 
 def _split(parts: list[nn.Module]) -> tuple[list[nn.Linear], list[nn.Module]]:
     """Linear layers, and the rest."""
-    return [p for p in parts if isinstance(p, nn.Linear)], [p for p in parts if not isinstance(p, nn.Linear)]
+    linears = [p for p in parts if isinstance(p, nn.Linear)]
+    for part in linears:
+        _require_plain(part)
+    return linears, [p for p in parts if not isinstance(p, nn.Linear)]
+
+
+def _require_plain(part: nn.Linear) -> None:
+    """Subclasses and quantized weights compute something besides input @ weight.T + bias."""
+    weights = [parameter for parameter in (part.weight, part.bias) if parameter is not None]
+    if type(part) is not nn.Linear or "forward" in vars(part):
+        raise NotPlain(f"{type(part).__name__} is a linear layer of its own kind")
+    for weight in weights:
+        if type(weight) is not nn.Parameter or weight.dtype not in SOURCE_TYPES:
+            raise NotPlain(f"its linear layers hold {type(weight).__name__} of {weight.dtype}")
 
 
 def _head_norms(norms: list[nn.Module], need: LayerNeed) -> tuple[Norm | None, Norm | None]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenplane_core.backend.errors import ConfigError, UnsupportedModel
+from tokenplane_core.backend.errors import ConfigError, OutOfMemory, UnsupportedModel
 from tokenplane_core.backend.records import I32, ModelSpec, ShapePolicy
 from tokenplane_torch.checks import TRIAL_BLOCKS, Packed, compare, survey
 from tokenplane_torch.choice import ONLY
@@ -25,6 +25,7 @@ from .attention import NATIVE, NativeKernels, choose
 from .cache import Cache
 from .decoder import NoProducts, NotPlain, read_decoder, watched
 from .device import headroom_bytes, read_memory
+from .positions import require_same_at_all_positions
 from .program import Program
 from .program_runner import ProgramRunner
 from .quantization import COMPUTED_IN, computing_as_stored, forms
@@ -65,12 +66,15 @@ class HostDevice(TorchDevice):
         self._cache_dtype = getattr(torch, model.kv_dtype) if model.kv_dtype else None
         try:
             return self._program_runner(module, model, step_tokens)
-        except NotPlain as reason:
+        except (OutOfMemory, ConfigError):
+            raise
+        except Exception as error:  # the reader asks much of code that nobody here knows; torch asks less
+            self._without = _reason(error)
             if model.quantize is not None:
-                raise refused(
-                    model, f"its weights cannot be quantized while they load, as no native program can run it: {reason}"
-                ) from reason
-            self._without = str(reason)
+                if isinstance(error, UnsupportedModel):
+                    raise
+                way = "its weights cannot be quantized while they load, as no native program can run it"
+                raise refused(model, f"{way}: {self._without}") from error
         return super().runner(module, model, policy, step_tokens)
 
     def fuse(self, module: torch.nn.Module) -> Mapping[str, str]:
@@ -80,11 +84,13 @@ class HostDevice(TorchDevice):
         """
         Raises:
             NotPlain: the module, or what was asked for, is nothing for a program; the message says what.
+            Exception: any other, too: the module is not what it looked like.
         """
         self._require_program_possible(model)
         with watched(module) as seen, NoProducts():
             needs = survey(module, model)
         decoder = read_decoder(module, seen, needs, model.max_model_tokens)
+        require_same_at_all_positions(module, model.max_model_tokens)
         max_tokens = max(step_tokens, 2 * self.block_tokens)  # the trial below has more than a block's
         program = Program(decoder, model.dtype, max_tokens, self._num_threads, model.quantize, model.kv_dtype)
         cache = Cache(program.block_bytes())
@@ -133,6 +139,13 @@ class HostDevice(TorchDevice):
 
     def headroom_bytes(self) -> int:
         return headroom_bytes(self.total_bytes())
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no program, in a line."""
+    if isinstance(error, NotPlain | UnsupportedModel):
+        return first_line(error)
+    return f"it could not be read ({type(error).__name__}: {first_line(error)})"
 
 
 def _steps(program: Program, cache: Cache) -> Packed:

@@ -5,6 +5,7 @@ Knows tensors and the library, not models: whoever builds a step decides what is
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -173,7 +174,8 @@ def _library() -> ctypes.CDLL:
 def zeroed_memory(size_bytes: int) -> mmap.mmap:
     """Zeroed memory, on huge pages where the system has some: a step goes through gigabytes once."""
     memory = mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 

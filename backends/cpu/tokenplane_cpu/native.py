@@ -10,6 +10,10 @@ from pathlib import Path
 from tokenplane_core.backend.errors import ConfigError
 
 ISA = "TOKENPLANE_CPU_ISA"  # names a weaker tier of instruction sets, for tests and for comparing
+TIERS = ("amx_emulated", "generic", "avx2", "avx512", "avx512_bf16", "amx")  # weakest first; the first is for tests
+ABI = 1
+"""TP_ABI of the tokenplane_cpu.h that this package's structs and calls were written for."""
+
 _FILE = Path(__file__).with_name("libtokenplane_cpu.so")
 
 
@@ -23,11 +27,18 @@ def library() -> ctypes.CDLL | None:
     """The library, or None where this package was built without it.
 
     Raises:
-        ConfigError: TOKENPLANE_CPU_ISA names a tier that this machine does not run.
+        ConfigError: TOKENPLANE_CPU_ISA names a tier that this machine does not run; or the library was built from
+            another version of the sources than this package (an editable installation, updated).
     """
     if not is_built():
         return None
     found = ctypes.CDLL(str(_FILE))
+    built = found.tp_abi() if hasattr(found, "tp_abi") else 0
+    if built != ABI:
+        raise ConfigError(
+            f"{_FILE.name} was built for version {built} of its interface, and this package needs version {ABI};"
+            " reinstall tokenplane-cpu, which builds it anew"
+        )
     for name in ("tp_best_isa", "tp_isa"):
         getattr(found, name).restype = ctypes.c_char_p
     wanted = os.environ.get(ISA)
@@ -40,6 +51,18 @@ def isa() -> str:
     """The tier in use: generic, avx2, avx512, avx512_bf16 or amx; "" without the library."""
     found = library()
     return found.tp_isa().decode() if found else ""
+
+
+def runnable_tiers() -> list[str]:
+    """Those of TIERS that this machine runs. The one in use stays in use."""
+    found = library()
+    if found is None:
+        return []
+    before = found.tp_isa()
+    try:
+        return [tier for tier in TIERS if found.tp_set_isa(tier.encode()) == 0]
+    finally:
+        found.tp_set_isa(before)
 
 
 def use_threads(count: int) -> None:

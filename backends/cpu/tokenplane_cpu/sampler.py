@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenplane_core.backend.errors import BackendError
 from tokenplane_core.backend.records import F32, I32, SamplingBatch
 from tokenplane_core.backend.sampling import uniforms
 from tokenplane_torch import sampler as kit
@@ -72,7 +73,11 @@ class HostSampler:
         return f"native ({isa()})" if self._library is not None else self._torch.describe()
 
     def draw(self, logits: F32, batch: SamplingBatch, histories: Histories | None) -> Drawn:
-        """Draw a token for each row of f32 [n, vocab]; histories: of the rows that `needs_history` names."""
+        """Draw a token for each row of f32 [n, vocab]; histories: of the rows that `needs_history` names.
+
+        Raises:
+            BackendError: the logits of a row are nothing to draw from: all NaN or -inf, or one of them inf.
+        """
         if self._library is not None and batch.num_logprobs.max(initial=-1) <= MOST_LOGPROBS:
             return self._draw(self._library, logits, batch, histories)
         with torch.inference_mode():
@@ -103,6 +108,12 @@ class HostSampler:
             **{name: array.ctypes.data for name, array in arrays.items()},
         )
         native.tp_sample(ctypes.byref(struct), ctypes.c_void_p((self._workspace.ctypes.data + 63) // 64 * 64))
+        lost = np.flatnonzero(drawn.token_ids < 0)
+        if lost.size:
+            raise BackendError(
+                f"the model computed no finite highest logit for {lost.size} of {rows} sequences: its weights, or what "
+                "they give in this dtype, overflow or are NaN; try --dtype float32 or another checkpoint"
+            )
         return drawn
 
 

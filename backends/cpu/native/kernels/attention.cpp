@@ -42,6 +42,9 @@ inline size_t value_place(const tp_attention& l, int t, int d) {
   return (size_t(t / 2) * padded_value_dim(l) + d) * 2 + t % 2;
 }
 
+// Of a value in [-127, 127]; 0 of a NaN.
+inline int8_t to_int8(float value) { return value == value ? int8_t(nearbyintf(value)) : int8_t(0); }
+
 // Writes `count` elements of a head. place(d): where element d goes; scales: of the block's tokens, int8 only.
 template <class Place>
 void write_head(const tp_attention& l, uint8_t* head, size_t scales_at, int token, const tp_token_rows& from,
@@ -60,9 +63,10 @@ void write_head(const tp_attention& l, uint8_t* head, size_t scales_at, int toke
   } else {
     float most = 0;
     for (int d = 0; d < count; ++d) most = fmaxf(most, fabsf(element(from, at + d)));
-    const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+    // Of what is tiny 127 / most would be inf. An inf makes the scale one, and so the whole head shows it.
+    const float scale = most / 127.0f, inverse = most > 1e-36f ? 127.0f / most : 0.0f;
     int8_t* out = reinterpret_cast<int8_t*>(head);
-    for (int d = 0; d < count; ++d) out[place(d)] = int8_t(nearbyintf(element(from, at + d) * inverse));
+    for (int d = 0; d < count; ++d) out[place(d)] = to_int8(element(from, at + d) * inverse);
     memcpy(head + scales_at + token * sizeof(float), &scale, sizeof scale);
   }
 }
@@ -297,7 +301,11 @@ void each_state(const AttentionTask& t, float* states, Body&& body) {
 }
 
 void clear(const AttentionTask& t, float* states) {
-  each_state(t, states, [&](int, float* state) { state[padded_value_dim(*t.layer)] = -INFINITY; });
+  // The sums as well: where all scores of a query are NaN, nothing is ever folded in, and 0 / 0 is what it gets.
+  each_state(t, states, [&](int, float* state) {
+    memset(state, 0, size_t(state_floats(*t.layer)) * sizeof(float));
+    state[padded_value_dim(*t.layer)] = -INFINITY;
+  });
 }
 
 void fold(const AttentionTask& t, float* states, const float* later) {

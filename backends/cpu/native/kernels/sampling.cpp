@@ -67,6 +67,7 @@ inline void each_logit(const float* logits, int vocab, const uint32_t* mask, Bod
   }
 }
 
+// -1 where no id has a finite logit above all others': they are NaN, or -inf, or one is inf.
 int best_id(const float* logits, int vocab, const uint32_t* mask) {
   F32x16 best = broadcast(-INFINITY);
   I32x16 ids = (I32x16)lane_numbers();
@@ -76,6 +77,7 @@ int best_id(const float* logits, int vocab, const uint32_t* mask) {
     ids = better ? (I32x16)lane_numbers() + i : ids;
   });
   const float most = largest(best);
+  if (!__builtin_isfinite(most)) return -1;
   int id = vocab - 1;
   for (int lane = 0; lane < kLanes; ++lane)
     if (best[lane] == most && ids[lane] < id) id = ids[lane];
@@ -189,8 +191,9 @@ void warp(const tp_sampling& s, int row, Row& r) {
   weigh(r);
 }
 
-// The first id at which the cumulative probability exceeds u.
+// The first id at which the cumulative probability exceeds u; -1 where no id has one: best_id says when.
 int drawn(const Row& r, float u) {
+  if (!(r.total > 0)) return -1;
   const double wanted = u * r.total;
   double below = 0;
   int start = 0;
@@ -264,7 +267,7 @@ void draw(const tp_sampling& s, int row, void* scratch) {
   if (penalised) penalise(s, row, r);
   if (greedy) s.token_ids[row] = best_id(r.scores, r.vocab, nullptr);
   else warp(s, row, r), s.token_ids[row] = drawn(r, s.uniforms[row]);
-  if (!wants_logprobs) return;
+  if (!wants_logprobs || s.token_ids[row] < 0) return;
   if (!s.processed_logprobs || !s.processed_logprobs[row]) read_logits(r, logits, nullptr);
   measure(r);
   weigh(r);
