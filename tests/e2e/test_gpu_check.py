@@ -26,8 +26,8 @@ def test_a_section_reports_its_facts_and_what_they_hold_for(tmp_path: Path) -> N
     assert section["status"] == "ok" and section["facts"]["copy_gb_s"] > 0
     for requests in ("one request", "all requests"):
         facts = section["facts"][requests]
-        # A small model's weights stay in a cache, which is faster than the memory that the fraction is of.
-        assert facts["decode_fraction_of_bandwidth"] > 0 and 0 < facts["prefill_fraction_of_compute"] < 1
+        # A small model in a cache beats the memory, and native products those of torch that the fractions are of.
+        assert facts["decode_fraction_of_bandwidth"] > 0 and facts["prefill_fraction_of_compute"] > 0
 
 
 def test_a_section_that_does_not_end_is_a_failure_of_that_section_alone() -> None:
