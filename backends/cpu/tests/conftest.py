@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tokenplane_core.backend.records import Capabilities, LoadOptions
 from tokenplane_core.model import describe_model
 from tokenplane_cpu.host import PROGRAM
+from tokenplane_cpu.native import library, runnable_tiers, use_threads
 from tokenplane_cpu.plugin import CpuBackend
 from tokenplane_cpu.program_runner import ProgramRunner
 from tokenplane_torch.testing import make_checkpoint
@@ -61,3 +62,16 @@ def backend(checkpoint: Path, way: str) -> Iterator[tuple[CpuBackend, Capabiliti
     plugin = CpuBackend()
     yield plugin, plugin.load(describe_model(checkpoint), LoadOptions(num_threads=1))
     plugin.close()
+
+
+@pytest.fixture(params=runnable_tiers())
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each tier of native kernels that this machine runs, on one thread; the one in use comes back afterwards."""
+    native = library()
+    assert native is not None
+    before = native.tp_isa()
+    use_threads(1)
+    assert native.tp_set_isa(request.param.encode()) == 0
+    yield request.param
+    native.tp_set_isa(before)
+    use_threads(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenplane_core.backend import sampling as reference
-from tokenplane_core.backend.records import SamplingBatch, TokenMask
+from tokenplane_core.backend.records import SamplingBatch
 from tokenplane_core.messages import SamplingParams
 from tokenplane_cpu.native import library, runnable_tiers
 from tokenplane_cpu.sampler import HostSampler
 from tokenplane_torch.testing import PlainDevice
 from tokenplane_torch.testing.driver import sampling_batch
-from tokenplane_torch.testing.samples import FEATURES, VOCAB, assert_same, padded_histories, random_case, rows
+from tokenplane_torch.testing.samples import FEATURES, assert_same, masked, padded_histories, random_case, rows
 
 NO_HISTORY = reference.History(np.zeros(0, np.int32), 0)
 
@@ -70,13 +69,7 @@ def test_all_features_together_draw_what_the_reference_draws(data: st.DataObject
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_masks_are_never_violated(data: st.DataObject, seed: int) -> None:
     logits, batch, histories = random_case(data.draw(rows(list(FEATURES))), seed, ties=False)
-    allowed = np.random.default_rng(seed).random((len(batch), VOCAB)) < 0.2
-    # A bias that bans whatever the mask leaves is the core's to notice.
-    allowed[:, sorted({*range(VOCAB)} - {*batch.bias_ids[np.isinf(batch.bias_values)].tolist()})[:8]] = True
-    guided = np.arange(0, len(batch), 2, dtype=np.int32)
-    padded = np.pad(allowed[guided], ((0, 0), (0, -VOCAB % 32)))
-    words = np.packbits(padded, axis=-1, bitorder="little").view(np.uint32)
-    batch = replace(batch, mask=TokenMask(guided, lambda: words), features=batch.features | {"mask"})
+    batch, guided, allowed = masked(batch, seed)
     assert_same(drawn, logits, batch, histories)
     got = drawn(torch.from_numpy(logits), batch, histories).token_ids
     assert allowed[guided, got[guided]].all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +33,6 @@ RULES: list[dict[str, Any]] = [{}, {"window": 40}, {"window": 200, "softcap": 3.
 LIMITS = {F32: 1e-4, BF16: 2e-2, INT8: 4e-2}
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="tokenplane-cpu was installed without its native kernels")
-
-
-@pytest.fixture(params=RUNNABLE)
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert LIBRARY is not None
-    before = LIBRARY.tp_isa()
-    use_threads(1)
-    assert LIBRARY.tp_set_isa(request.param.encode()) == 0
-    yield request.param
-    LIBRARY.tp_set_isa(before)
-    use_threads(1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,17 +67,6 @@ def test_a_library_of_another_version_is_refused(file: Path, number: int, monkey
     monkeypatch.setattr(native, "ABI", number)
     with pytest.raises(ConfigError, match=f"needs version {number}; reinstall tokenplane-cpu"):
         native.library.__wrapped__()
-
-
-@pytest.fixture(params=RUNNABLE)
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert LIBRARY is not None
-    before = LIBRARY.tp_isa()
-    use_threads(1)
-    assert LIBRARY.tp_set_isa(request.param.encode()) == 0
-    yield request.param
-    LIBRARY.tp_set_isa(before)
-    use_threads(1)
 
 
 def close(got: Tensor, want: Tensor, tier: str, group: int) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +29,6 @@ LIBRARY = library()
 NAN, INF = float("nan"), float("inf")
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="tokenplane-cpu was installed without its native kernels")
-
-
-@pytest.fixture(params=runnable_tiers())
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert LIBRARY is not None
-    before = LIBRARY.tp_isa()
-    use_threads(1)
-    LIBRARY.tp_set_isa(request.param.encode())
-    yield request.param
-    LIBRARY.tp_set_isa(before)
-    use_threads(1)
 
 
 PARAMS = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .linear import zeroed_memory
+from .linear import address, zeroed_memory
 
 
 class Cache:
@@ -37,8 +36,4 @@ class Cache:
         return [np.frombuffer(m, np.uint8).reshape(-1, size) for m, size in zip(memories, sizes, strict=True)]
 
     def addresses(self) -> list[tuple[int, int]]:
-        return [(_address(keys), _address(values)) for keys, values in self._memory]
-
-
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        return [(address(keys), address(values)) for keys, values in self._memory]

@@ -102,7 +102,7 @@ class PackedLinear:
         self.nbytes: int = lib.tp_linear_packed_bytes(*shape)
         self._memory = zeroed_memory(self.nbytes)
         self.struct = WeightStruct()
-        lib.tp_linear_prepare(ctypes.byref(self.struct), _address(self._memory), *shape)
+        lib.tp_linear_prepare(ctypes.byref(self.struct), address(self._memory), *shape)
         first = 0
         for part in parts:
             self._pack(part, first)
@@ -179,5 +179,6 @@ def zeroed_memory(size_bytes: int) -> mmap.mmap:
     return memory
 
 
-def _address(memory: mmap.mmap) -> int:
+def address(memory: mmap.mmap) -> int:
+    """Where it lies; the mapping must outlive every use."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))

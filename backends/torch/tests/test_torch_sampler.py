@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 import tokenplane_torch.sampler as torch_sampler
 from tokenplane_core.backend import sampling as reference
-from tokenplane_core.backend.records import SamplingBatch, TokenMask
+from tokenplane_core.backend.records import SamplingBatch
 from tokenplane_core.messages import SamplingParams
 from tokenplane_torch.testing import samples
 from tokenplane_torch.testing.device import PlainDevice
 from tokenplane_torch.testing.driver import sampling_batch
-from tokenplane_torch.testing.samples import FEATURES, VOCAB, padded_histories, random_case, rows
+from tokenplane_torch.testing.samples import FEATURES, VOCAB, masked, padded_histories, random_case, rows
 
 
 def drawn_by_torch(
@@ -178,13 +178,7 @@ def test_logprobs_go_with_the_draw_kernel() -> None:
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_masks_draw_what_the_reference_draws_and_nothing_else(data: st.DataObject, seed: int) -> None:
     logits, batch, histories = random_case(data.draw(rows(list(FEATURES))), seed, ties=False)
-    allowed = np.random.default_rng(seed).random((len(batch), VOCAB)) < 0.2
-    # A bias that bans whatever the mask leaves is the core's to notice.
-    allowed[:, sorted({*range(VOCAB)} - {*batch.bias_ids[np.isinf(batch.bias_values)].tolist()})[:8]] = True
-    guided = np.arange(0, len(batch), 2, dtype=np.int32)
-    padded = np.pad(allowed[guided], ((0, 0), (0, -VOCAB % 32)))
-    words = np.packbits(padded, axis=-1, bitorder="little").view(np.uint32)
-    batch = replace(batch, mask=TokenMask(guided, lambda: words), features=batch.features | {"mask"})
+    batch, guided, allowed = masked(batch, seed)
     assert_same(logits, batch, histories)
     drawn = drawn_by_torch(torch.from_numpy(logits.copy()), batch, histories).token_ids
     assert allowed[guided, drawn[guided]].all()

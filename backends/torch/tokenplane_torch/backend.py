@@ -72,8 +72,7 @@ class TorchBackend(ABC):
             BackendUnavailable: there is no device of that index.
         """
         found = self._found(options.device_index)
-        self._require_quantizable(model, found, options)
-        self._require_cacheable(model, found, options)
+        self._require_offered(model, found, options)
         self.close()
         from .startup import load_runner
 
@@ -104,30 +103,22 @@ class TorchBackend(ABC):
             adapters=loaded.adapters.limits if loaded.adapters is not None else None,
         )
 
-    def _require_quantizable(self, model: ModelSpec, device: Device, options: LoadOptions) -> None:
-        if model.quantize is None:
-            return
-        where = f"on {device.name} (backend {self.name})"
-        if options.max_adapters and model.quantize in device.offer.quantizes:
-            where = "beside LoRA adapters"
-        elif model.quantize in device.offer.quantizes:
-            return
-        raise UnsupportedModel(
-            f"{model.model_id}: quantizing weights to {model.quantize} while they load is not possible {where};"
-            " leave --quantize out, or serve a checkpoint that is stored quantized"
+    def _require_offered(self, model: ModelSpec, device: Device, options: LoadOptions) -> None:
+        """Raises UnsupportedModel where weights or cache are wanted in a form that the device does not offer."""
+        wishes = (
+            (
+                model.quantize,
+                device.offer.quantizes,
+                f"quantizing weights to {model.quantize} while they load",
+                "leave --quantize out, or serve a checkpoint that is stored quantized",
+            ),
+            (model.kv_dtype, device.offer.kv_dtypes, f"a KV cache of {model.kv_dtype}", "leave --kv-cache-dtype out"),
         )
-
-    def _require_cacheable(self, model: ModelSpec, device: Device, options: LoadOptions) -> None:
-        if model.kv_dtype is None:
-            return
-        where = f"on {device.name} (backend {self.name})"
-        if options.max_adapters and model.kv_dtype in device.offer.kv_dtypes:
-            where = "beside LoRA adapters"
-        elif model.kv_dtype in device.offer.kv_dtypes:
-            return
-        raise UnsupportedModel(
-            f"{model.model_id}: a KV cache of {model.kv_dtype} is not possible {where}; leave --kv-cache-dtype out"
-        )
+        for wish, offered, what, way_out in wishes:
+            if wish is None or (wish in offered and not options.max_adapters):
+                continue
+            where = "beside LoRA adapters" if wish in offered else f"on {device.name} (backend {self.name})"
+            raise UnsupportedModel(f"{model.model_id}: {what} is not possible {where}; {way_out}")
 
     @hookimpl
     def kv_alloc(self, layout: KVLayout) -> bool:

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from tokenplane_core.backend import sampling as reference
-from tokenplane_core.backend.records import F32, SamplingBatch
+from tokenplane_core.backend.records import F32, I32, SamplingBatch, TokenMask
 from tokenplane_core.messages import SamplingParams
 
 from ..sampler import needs_history
@@ -119,3 +120,15 @@ def is_borderline(logits: F32, batch: SamplingBatch, i: int, history: reference.
         if np.isfinite(warped[token]) and below - ROUNDING <= u * cumulative[-1] <= cumulative[token] + ROUNDING:
             return True
     return False
+
+
+def masked(batch: SamplingBatch, seed: int) -> tuple[SamplingBatch, I32, NDArray[np.bool_]]:
+    """The batch with a random mask for every second row; those rows, and what is allowed: bool [rows, VOCAB]."""
+    allowed = np.random.default_rng(seed).random((len(batch), VOCAB)) < 0.2
+    # A bias that bans whatever the mask leaves is the core's to notice.
+    allowed[:, sorted({*range(VOCAB)} - {*batch.bias_ids[np.isinf(batch.bias_values)].tolist()})[:8]] = True
+    guided = np.arange(0, len(batch), 2, dtype=np.int32)
+    padded = np.pad(allowed[guided], ((0, 0), (0, -VOCAB % 32)))
+    words = np.packbits(padded, axis=-1, bitorder="little").view(np.uint32)
+    batch = replace(batch, mask=TokenMask(guided, lambda: words), features=batch.features | {"mask"})
+    return batch, guided, allowed
