@@ -31,24 +31,25 @@ inline void write_sums(float (*to)[kBlockColumns], const F32x16 (&sums)[kRows][2
 }
 
 // to[row] = (from 0 if first is 0) + products of pairs [first, last); values: of pair `first`.
-template <int kRows, class Format, class Rows>
-void plain_sums(float (*to)[kBlockColumns], const uint8_t* values, const Rows& rows, int first, int last) {
+template <int kRows, class Format, class Rows, class Fetch>
+void plain_sums(float (*to)[kBlockColumns], const uint8_t* values, const Rows& rows, int first, int last,
+                const Fetch& fetch) {
   F32x16 sums[kRows][2] = {};
   if (first > 0) read_sums<kRows>(sums, to);
-  accumulate<kRows, Format>(sums, values, rows, first, (last - first) / Format::kPairs);
+  accumulate<kRows, Format>(sums, values, rows, first, (last - first) / Format::kPairs, fetch);
   write_sums<kRows>(to, sums);
 }
 
 // The same for weights with groups: to[row] += scale * (products of the group), group after group.
-template <int kRows, class Format, class Rows>
+template <int kRows, class Format, class Rows, class Fetch>
 void grouped_sums(float (*to)[kBlockColumns], const Block& block, const uint8_t* values, const Rows& rows, int first,
-                  int last) {
+                  int last, const Fetch& fetch) {
   F32x16 totals[kRows][2] = {};
   if (first > 0) read_sums<kRows>(totals, to);
   for (int pair = first; pair < last; pair += block.group_pairs) {
     const int steps = smaller(block.group_pairs, last - pair) / Format::kPairs;
     F32x16 sums[kRows][2] = {};
-    accumulate<kRows, Format>(sums, values, rows, pair, steps);
+    accumulate<kRows, Format>(sums, values, rows, pair, steps, fetch);
     values += steps * Format::kBytes;
     for (int half = 0; half < 2; ++half) {
       const F32x16 scale = load_bf16(block.scales + pair / block.group_pairs * kBlockColumns + half * 16);
@@ -58,11 +59,11 @@ void grouped_sums(float (*to)[kBlockColumns], const Block& block, const uint8_t*
   write_sums<kRows>(to, totals);
 }
 
-template <int kRows, class Format, class Rows>
+template <int kRows, class Format, class Rows, class Fetch>
 inline void some_sums(float (*to)[kBlockColumns], const Block& block, const uint8_t* values, const Rows& rows,
-                      int first, int last) {
-  if (block.scales) grouped_sums<kRows, Format>(to, block, values, rows, first, last);
-  else plain_sums<kRows, Format>(to, values, rows, first, last);
+                      int first, int last, const Fetch& fetch) {
+  if (block.scales) grouped_sums<kRows, Format>(to, block, values, rows, first, last, fetch);
+  else plain_sums<kRows, Format>(to, values, rows, first, last, fetch);
 }
 
 // As many rows as keep their sums in registers.
@@ -76,32 +77,33 @@ template <class Format>
 void direct_sums(Sums& sums, const Block& block, const LinearInput& input, int rows) {
   using Input = typename Format::Input;
   const RowsAt<Input, false> at{static_cast<const Input*>(input.rows), input.stride / 2};
+  const FetchAll<Format, kDirectAheadBytes> fetch;
   switch (rows) {
-    case 1: return some_sums<1, Format>(sums, block, block.values, at, 0, block.pairs);
-    case 2: return some_sums<2, Format>(sums, block, block.values, at, 0, block.pairs);
-    case 3: return some_sums<3, Format>(sums, block, block.values, at, 0, block.pairs);
-    default: return some_sums<4, Format>(sums, block, block.values, at, 0, block.pairs);
+    case 1: return some_sums<1, Format>(sums, block, block.values, at, 0, block.pairs, fetch);
+    case 2: return some_sums<2, Format>(sums, block, block.values, at, 0, block.pairs, fetch);
+    case 3: return some_sums<3, Format>(sums, block, block.values, at, 0, block.pairs, fetch);
+    default: return some_sums<4, Format>(sums, block, block.values, at, 0, block.pairs, fetch);
   }
 }
 
 // sums[rows] of one group of packed rows, for pairs [first, last).
-template <class Format>
+template <class Format, class Fetch>
 void packed_sums(float (*sums)[kBlockColumns], const Block& block, const uint8_t* values,
-                 const typename Format::Input* group, int rows, int first, int last) {
+                 const typename Format::Input* group, int rows, int first, int last, const Fetch& fetch) {
   using Rows = RowsAt<typename Format::Input, true>;
   const int most = block.scales ? kMostRowsInGroups : kMostRows;
   for (int row = 0; row < rows; row += most) {
     const Rows at{group + row, 0};
     auto* to = sums + row;
     switch (smaller(most, rows - row)) {
-      case 1: some_sums<1, Format>(to, block, values, at, first, last); break;
-      case 2: some_sums<2, Format>(to, block, values, at, first, last); break;
-      case 3: some_sums<3, Format>(to, block, values, at, first, last); break;
+      case 1: some_sums<1, Format>(to, block, values, at, first, last, fetch); break;
+      case 2: some_sums<2, Format>(to, block, values, at, first, last, fetch); break;
+      case 3: some_sums<3, Format>(to, block, values, at, first, last, fetch); break;
 #if defined(__AVX512F__)
-      case 4: some_sums<4, Format>(to, block, values, at, first, last); break;
-      case 5: case 6: some_sums<6, Format>(to, block, values, at, first, last); break;
-      case 7: case 8: plain_sums<8, Format>(to, values, at, first, last); break;
-      default: plain_sums<12, Format>(to, values, at, first, last);
+      case 4: some_sums<4, Format>(to, block, values, at, first, last, fetch); break;
+      case 5: case 6: some_sums<6, Format>(to, block, values, at, first, last, fetch); break;
+      case 7: case 8: plain_sums<8, Format>(to, values, at, first, last, fetch); break;
+      default: plain_sums<12, Format>(to, values, at, first, last, fetch);
 #endif
     }
   }
@@ -109,15 +111,27 @@ void packed_sums(float (*sums)[kBlockColumns], const Block& block, const uint8_t
 
 // Chunk by chunk, so that a chunk of weights is read from the first cache for all groups of rows but the first.
 // Quantized weights are widened anew for each group: the units that do it have nothing else to do.
+// Memory should give weights while any group multiplies, and not only while the first does: each of the first groups
+// fetches its line of every step of the next chunk. Later panels find the weights in the caches.
 template <class Format>
 void panel_sums(Sums& sums, const Block& block, const LinearInput& input, int first_row, int rows) {
-  for (int first = 0; first < block.pairs; first += kChunkPairs) {
-    const int last = smaller(first + kChunkPairs, block.pairs);
+  const int groups = (rows + kGroupRows - 1) / kGroupRows, chunks = (block.pairs + kChunkPairs - 1) / kChunkPairs;
+  const int whole = block.scales ? block.group_pairs : kInputPadding / 2;  // that a chunk is made of
+  const int chunk = round_up((block.pairs + chunks - 1) / chunks, whole);
+  const int64_t next_chunk = int64_t(chunk) / Format::kPairs * Format::kBytes;
+  for (int first = 0; first < block.pairs; first += chunk) {
+    const int last = smaller(first + chunk, block.pairs);
     const uint8_t* values = block.values + size_t(first) / Format::kPairs * Format::kBytes;
-    for (int row = 0; row < rows; row += kGroupRows) {
+    for (int g = 0; g < groups; ++g) {
+      const int row = g * kGroupRows, count = smaller(kGroupRows, rows - row);
       const auto* group =
           static_cast<const typename Format::Input*>(input.rows) + int64_t(first_row + row) * block.pairs;
-      packed_sums<Format>(sums + row, block, values, group, smaller(kGroupRows, rows - row), first, last);
+      if (first_row == 0 && groups == 1) {
+        packed_sums<Format>(sums + row, block, values, group, count, first, last, FetchAll<Format, kAheadBytes>());
+      } else {
+        const int line = first_row == 0 && g < kLinesPerStep<Format> ? g : -1;
+        packed_sums<Format>(sums + row, block, values, group, count, first, last, FetchLine{next_chunk, line});
+      }
     }
   }
 }

@@ -145,15 +145,36 @@ struct RowsAt {
   Input get(int64_t pair, int row) const { return kPacked ? at[pair * kGroupRows + row] : at[pair + row * stride]; }
 };
 
-constexpr int kPrefetchBytes = 2048;
+template <class Format>
+constexpr int kLinesPerStep = Format::kBytes / 64;
+
+constexpr int kAheadBytes = 8192, kDirectAheadBytes = 4096;
+
+// What to bring into the second cache while a step is multiplied: the hardware alone looks too little ahead, and stops at
+// the end of a page. Of the step that lies kAhead bytes behind, all lines.
+template <class Format, int kAhead>
+struct FetchAll {
+  void operator()(const uint8_t* step) const {
+    for (int line = 0; line < kLinesPerStep<Format>; ++line) __builtin_prefetch(step + kAhead + line * 64, 0, 2);
+  }
+};
+
+// Of the step that lies `ahead` bytes behind, one line; line < 0: none.
+struct FetchLine {
+  int64_t ahead;
+  int line;
+
+  void operator()(const uint8_t* step) const {
+    if (line >= 0) __builtin_prefetch(step + ahead + line * 64, 0, 2);
+  }
+};
 
 // sums[row][half] += products of `steps` steps, pairs in ascending order.
-template <int kRows, class Format, class Rows>
+template <int kRows, class Format, class Rows, class Fetch>
 inline void accumulate(F32x16 (&sums)[kRows][2], const uint8_t* values, const Rows& rows, int64_t first_pair,
-                       int steps) {
+                       int steps, const Fetch& fetch) {
   for (int step = 0; step < steps; ++step, values += Format::kBytes) {
-    if (kRows <= kDirectRows)  // with more of them, multiplying leaves the hardware time to see what comes next
-      for (int line = 0; line < Format::kBytes; line += 64) __builtin_prefetch(values + kPrefetchBytes + line);
+    fetch(values);
     const Format weights(values);
     for (int pair = 0; pair < Format::kPairs; ++pair) {
       const auto left = weights.get(pair, 0), right = weights.get(pair, 1);

@@ -47,12 +47,15 @@ void write_tiles(float (*sums)[kBlockColumns]) {
 }
 
 // sums [rows][32] += products of `pairs` pairs; values: [pair][32][2] bf16, inputs: from that pair on, stride in bytes.
+// ahead: whether weights come from memory, which is asked for those that lie kAheadBytes behind.
 template <bool kSecond>
 void add_tiles(float (*sums)[kBlockColumns], bool zero, const uint8_t* values, const uint8_t* inputs, int64_t stride,
-               int pairs) {
+               int pairs, bool ahead) {
+  constexpr FetchAll<Bf16Format, kAheadBytes> fetch;
   read_tiles<kSecond>(sums, zero);
   for (int pair = 0; pair < pairs; pair += kTilePairs) {
     const uint8_t* right = values + int64_t(pair) * Bf16Format::kBytes;
+    for (int i = 0; ahead && i < kTilePairs; ++i) fetch(right + i * Bf16Format::kBytes);
     tile_load<6>(right, Bf16Format::kBytes);
     tile_load<7>(right + 64, Bf16Format::kBytes);
     tile_load<4>(inputs + pair * 4, stride);
@@ -69,7 +72,9 @@ void add_tiles(float (*sums)[kBlockColumns], bool zero, const uint8_t* values, c
 // bf16 of `pairs` pairs of one block.
 template <class Format>
 void widen(uint8_t* to, const uint8_t* from, int pairs) {
+  constexpr FetchAll<Format, kAheadBytes> fetch;
   for (int pair = 0; pair < pairs; pair += Format::kPairs, from += Format::kBytes) {
+    fetch(from);
     const Format step(from);
     for (int i = 0; i < Format::kPairs; ++i)
       for (int half = 0; half < 2; ++half, to += 64) {
@@ -100,28 +105,29 @@ void scale_values(uint8_t* values, const Block& block, int first, int pairs) {
 
 // All rows of a panel, group of 32 rows after group, for the pairs [first, first + pairs) that values hold.
 void panel_tiles(float (*sums)[kBlockColumns], const LinearInput& input, int first_row, int rows, const uint8_t* values,
-                 int first, int pairs) {
+                 int first, int pairs, bool from_memory) {
   const int64_t stride = input.stride * 2;
   for (int row = 0; row < rows; row += kTilesRows) {
     const int count = smaller(kTilesRows, rows - row);
     const uint8_t* at = static_cast<const uint8_t*>(input.rows) + (first_row + row) * stride + int64_t(first) * 4;
     shape_tiles(count);
-    if (count > kTileRows) add_tiles<true>(sums + row, first == 0, values, at, stride, pairs);
-    else add_tiles<false>(sums + row, first == 0, values, at, stride, pairs);
+    const bool ahead = from_memory && row == 0;
+    if (count > kTileRows) add_tiles<true>(sums + row, first == 0, values, at, stride, pairs, ahead);
+    else add_tiles<false>(sums + row, first == 0, values, at, stride, pairs, ahead);
   }
   release_tiles();  // else the system would save them whenever it takes the core away
 }
 
 void tile_sums(float (*sums)[kBlockColumns], const tp_linear_weight& w, const Block& block, const LinearInput& input,
                int first_row, int rows) {
-  if (w.type == TP_BF16) return panel_tiles(sums, input, first_row, rows, block.values, 0, block.pairs);
+  if (w.type == TP_BF16) return panel_tiles(sums, input, first_row, rows, block.values, 0, block.pairs, first_row == 0);
   alignas(64) uint8_t widened[kTilesChunkPairs * Bf16Format::kBytes];
   for (int first = 0; first < block.pairs; first += kTilesChunkPairs) {
     const int pairs = smaller(kTilesChunkPairs, block.pairs - first);
     if (w.type == TP_INT8) widen<Int8Format>(widened, block.values + size_t(first) * Int8Format::kBytes, pairs);
     else widen<Int4Format>(widened, block.values + size_t(first / Int4Format::kPairs) * Int4Format::kBytes, pairs);
     if (block.scales) scale_values(widened, block, first, pairs);
-    panel_tiles(sums, input, first_row, rows, widened, first, pairs);
+    panel_tiles(sums, input, first_row, rows, widened, first, pairs, false);
   }
 }
 
