@@ -8,8 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <condition_variable>
-#include <mutex>
+#include <atomic>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -22,8 +21,7 @@ namespace {
 
 // How long a thread looks before it gives its core away: a step's pieces are much shorter, the pause between two
 // steps of a busy engine mostly is.
-constexpr int kBarrierSpins = 1 << 13;
-constexpr int kIdleSpins = 1 << 13;
+constexpr int kSpins = 1 << 13;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -40,10 +38,42 @@ void bind_to(int cpu) {
   pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus);  // a hint: without it the system places the thread
 }
 
-long futex(std::atomic<unsigned>* word, int operation, unsigned value) {
-  static_assert(sizeof(std::atomic<unsigned>) == sizeof(uint32_t), "a futex has 32 bits");
-  return syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation, value, nullptr, nullptr, 0);
-}
+// A value that threads wait on: they look for a while, then sleep until its upper 32 bits change.
+template <class T>
+struct Word {
+  std::atomic<T> value{0};
+  std::atomic<int> sleepers{0};
+
+  // Returns when done(value) holds; that value.
+  template <class Done>
+  T wait(Done&& done) {
+    for (int i = 0; i < kSpins; ++i) {
+      const T now = value.load(std::memory_order_acquire);
+      if (done(now)) return now;
+      pause();
+    }
+    // Someone is not running: the machine has other work, too. To sleep is to be back on a core soon after the wake.
+    sleepers.fetch_add(1);
+    T now = value.load();
+    for (; !done(now); now = value.load()) futex(FUTEX_WAIT_PRIVATE, uint32_t(now >> (8 * sizeof(T) - 32)));
+    sleepers.fetch_sub(1);
+    return now;
+  }
+
+  // To be called after a change.
+  void wake() {
+    if (sleepers.load() > 0) futex(FUTEX_WAKE_PRIVATE, INT32_MAX);
+  }
+
+ private:
+  void futex(int operation, uint32_t value_or_count) {
+    static_assert(sizeof value == sizeof(T) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the upper half comes last");
+    uint32_t* upper = reinterpret_cast<uint32_t*>(&value) + sizeof(T) / 4 - 1;
+    syscall(SYS_futex, upper, operation, value_or_count, nullptr, nullptr, 0);
+  }
+};
+
+constexpr uint32_t kClosed = 1u << 31;
 
 }  // namespace
 
@@ -51,67 +81,73 @@ struct Pool::State {
   int threads;
   std::vector<std::thread> workers;
   // Each on its own cache line: threads spin on one while others write the next.
-  alignas(64) std::atomic<unsigned> generation{0};  // counts barriers, and may start again at 0
-  alignas(64) std::atomic<int> arrived{0};
-  alignas(64) std::atomic<int> next_item{0};
-  alignas(64) std::atomic<int> sleepers{0};  // at the barrier
-  alignas(64) std::atomic<unsigned> tasks{0};  // counts tasks begun; a worker waits for it to change
+  alignas(64) Word<uint64_t> ticket;         // upper half: the operation under way; lower half: its next item
+  alignas(64) std::atomic<int> num_done{0};  // of its items
+  alignas(64) Word<uint32_t> inside;         // workers in the task; with kClosed: none may enter any more
+  alignas(64) Word<uint32_t> tasks;          // counts tasks begun, and may start again at 0
   Task task = nullptr;
   void* context = nullptr;
   std::atomic<bool> stopping{false};
-  std::mutex mutex;
-  std::condition_variable wake;
-  int asleep = 0;
 
-  void meet() {
-    const unsigned now = generation.load(std::memory_order_acquire);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      arrived.store(0, std::memory_order_relaxed);
-      next_item.store(0, std::memory_order_relaxed);
-      generation.store(now + 1);
-      if (sleepers.load() > 0) futex(&generation, FUTEX_WAKE_PRIVATE, unsigned(threads));
-      return;
-    }
-    for (int spins = 0; spins < kBarrierSpins; ++spins) {
-      if (generation.load(std::memory_order_acquire) != now) return;
-      pause();
-    }
-    // Someone is not running: the machine has other work, too. To sleep is to be back on a core soon after the wake.
-    sleepers.fetch_add(1);
-    while (generation.load() == now) futex(&generation, FUTEX_WAIT_PRIVATE, now);
-    sleepers.fetch_sub(1);
+  void open(Task new_task, void* new_context) {
+    task = new_task, context = new_context;
+    ticket.value.store(uint64_t(1) << 32, std::memory_order_relaxed);
+    inside.value.store(0, std::memory_order_release);
+    tasks.value.fetch_add(1);
+    tasks.wake();
   }
 
-  unsigned wait_for_task(unsigned seen) {
-    for (int spins = 0; spins < kIdleSpins; ++spins) {
-      const unsigned now = tasks.load(std::memory_order_acquire);
-      if (now != seen) return now;
-      pause();
-    }
-    std::unique_lock<std::mutex> lock(mutex);
-    ++asleep;
-    wake.wait(lock, [&] { return tasks.load(std::memory_order_acquire) != seen; });
-    --asleep;
-    return tasks.load(std::memory_order_acquire);
+  // What the task points to is the caller's, who goes on after this.
+  void close() {
+    inside.value.fetch_or(kClosed);
+    inside.wait([](uint32_t now) { return now == kClosed; });
+  }
+
+  bool enter() {
+    uint32_t now = inside.value.load(std::memory_order_acquire);
+    while (!(now & kClosed))
+      if (inside.value.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) return true;
+    return false;
+  }
+
+  void leave() {
+    inside.value.fetch_sub(1);
+    inside.wake();
   }
 };
 
-void Team::barrier() {
-  if (threads > 1) pool_.state_->meet();
+int Team::take(int items) {
+  std::atomic<uint64_t>& ticket = pool_.state_->ticket.value;
+  uint64_t now = ticket.load(std::memory_order_acquire);
+  while (now >> 32 == operation_ && int(uint32_t(now)) < items)
+    if (ticket.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) return int(uint32_t(now));
+  return -1;
 }
 
-int Team::take() { return pool_.state_->next_item.fetch_add(1, std::memory_order_relaxed); }
+void Team::did_one(int items) {
+  Pool::State& state = *pool_.state_;
+  if (state.num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < items) return;
+  state.num_done.store(0, std::memory_order_relaxed);
+  state.ticket.value.store(uint64_t(operation_ + 1) << 32);
+  state.ticket.wake();
+}
+
+void Team::wait_for_others() {
+  pool_.state_->ticket.wait([this](uint64_t now) { return now >> 32 > operation_; });
+}
 
 Pool::Pool(int threads, const int* cpus) : state_(new State) {
   state_->threads = std::max(1, threads);
+  state_->inside.value.store(kClosed);
   const auto work = [this](int thread, int cpu) {
     if (cpu >= 0) bind_to(cpu);
-    Team team(*this, thread, state_->threads);
-    for (unsigned seen = 0;;) {
-      seen = state_->wait_for_task(seen);
+    for (uint32_t seen = 0;;) {
+      seen = state_->tasks.wait([seen](uint32_t now) { return now != seen; });
       if (state_->stopping.load(std::memory_order_acquire)) return;
+      if (!state_->enter()) continue;
+      Team team(*this, thread, state_->threads);
       state_->task(state_->context, team);
-      team.barrier();
+      state_->leave();
     }
   };
   try {
@@ -123,29 +159,16 @@ Pool::Pool(int threads, const int* cpus) : state_(new State) {
 
 Pool::~Pool() {
   state_->stopping.store(true, std::memory_order_release);
-  {
-    std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->tasks.fetch_add(1, std::memory_order_release);
-  }
-  state_->wake.notify_all();
+  state_->tasks.value.fetch_add(1);
+  state_->tasks.wake();
   for (auto& worker : state_->workers) worker.join();
 }
 
 void Pool::run(Task task, void* context) {
   Team team(*this, 0, state_->threads);
-  if (state_->threads > 1) {
-    state_->task = task;
-    state_->context = context;
-    bool someone_sleeps;
-    {
-      std::lock_guard<std::mutex> lock(state_->mutex);
-      state_->tasks.fetch_add(1, std::memory_order_release);
-      someone_sleeps = state_->asleep > 0;
-    }
-    if (someone_sleeps) state_->wake.notify_all();
-  }
+  if (state_->threads > 1) state_->open(task, context);
   task(context, team);
-  team.barrier();
+  if (state_->threads > 1) state_->close();
 }
 
 int Pool::size() const { return state_->threads; }

@@ -1,10 +1,13 @@
 // Threads that compute a step together.
 //
-// A task runs on every thread of the team at once, from beginning to end; inside it the threads meet at barriers and
-// share out work. A step of a model is one task, so nobody sleeps between two layers.
+// A task runs on the threads of the team at once, from beginning to end; inside it they share out the items of one
+// operation after the other. A step of a model is one task, so nobody sleeps between two layers. Nobody waits for a
+// thread that the system does not run just then, unless it holds an item: an operation is over when its items are done,
+// and a thread that comes later passes it by. A server's other threads want the cores, too.
 #pragma once
 
-#include <atomic>
+#include <stdint.h>
+
 #include <memory>
 #include <type_traits>
 
@@ -17,24 +20,31 @@ class Team {
  public:
   Team(Pool& pool, int thread, int threads) : pool_(pool), thread(thread), threads(threads) {}
 
-  // All threads have come here before any goes on; what they wrote is seen by all.
-  void barrier();
-
-  // Calls body(item) for 0 <= item < items, each once, on whichever thread is free; ends with a barrier.
-  // Every thread of the team makes the same calls in the same order.
+  // Calls body(item) for 0 <= item < items, each once, on whichever thread is free. All are done when it returns, and
+  // what they wrote is seen by all. Every thread of the team makes the same calls in the same order; one that is behind
+  // the others finds nothing left to do, and between two calls it must write nothing that others read.
   template <class Body>
   void share(int items, Body&& body) {
     if (threads == 1) {
       for (int item = 0; item < items; ++item) body(item);
       return;
     }
-    for (int item = take(); item < items; item = take()) body(item);
-    barrier();
+    if (items <= 0) return;
+    ++operation_;
+    for (int item = take(items); item >= 0; item = take(items)) {
+      body(item);
+      did_one(items);
+    }
+    wait_for_others();
   }
 
  private:
+  int take(int items);  // -1: there is none left
+  void did_one(int items);
+  void wait_for_others();
+
   Pool& pool_;
-  int take();
+  uint32_t operation_ = 0;  // of the task, from 1 on
 
  public:
   const int thread;   // 0 is the caller's
@@ -51,7 +61,8 @@ class Pool {
   ~Pool();
   Pool(const Pool&) = delete;
 
-  // Runs the task on all threads and returns when the last has ended. Not for two callers at once.
+  // Runs the task on the caller's thread and on those others that come in time; returns when all have left it. Not for
+  // two callers at once.
   void run(Task task, void* context);
 
   template <class Body>
