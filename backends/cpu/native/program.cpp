@@ -91,6 +91,15 @@ void Program::allocate_for_threads() {
   workspace_.allocate(workspace);
 }
 
+size_t Program::scratch_bytes() const {
+  size_t bytes = 0;
+  for (const Scratch* scratch :
+       {&first_tokens_, &positions_, &cache_index_, &residual_, &normed_, &few_normed_, &qkv_, &attended_, &gated_,
+        &delta_, &wanted_, &wanted_attended_, &workspace_})
+    bytes += scratch->bytes();
+  return bytes;
+}
+
 // --- A step ---------------------------------------------------------------------------------------------------------
 
 template <class Body>
@@ -257,6 +266,8 @@ TP_API tp_program* tp_program_create(const tp_decoder* decoder) {
 }
 
 TP_API void tp_program_destroy(tp_program* program) { delete program; }
+
+TP_API size_t tp_program_scratch_bytes(const tp_program* program) { return program->program.scratch_bytes(); }
 
 TP_API void tp_program_step(tp_program* program, const tp_step* step) { program->program.step(*step); }
 

@@ -20,6 +20,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   ~Scratch();
   void allocate(size_t bytes);  // what it had is lost
+  size_t bytes() const { return bytes_; }
 
   template <class T>
   T* as() const {
@@ -38,6 +39,9 @@ class Program {
   explicit Program(const tp_decoder& decoder);
 
   void step(const tp_step& step);
+
+  // Memory that its largest steps work in, besides the logits.
+  size_t scratch_bytes() const;
 
   // Logits after the tokens wanted[first, first + count) of the last step.
   void logits(int first, int count, float* out);

@@ -15,7 +15,7 @@ extern "C" {
 
 // The number of this interface, which Python compares with its own before anything else (native.py). It goes up with
 // every change of a struct's layout or of a function's parameters.
-enum { TP_ABI = 1 };
+enum { TP_ABI = 2 };
 TP_API int tp_abi(void);
 
 // Best tier of instruction sets that this machine and operating system can run: "generic", "avx2", "avx512",
@@ -228,6 +228,9 @@ typedef struct tp_program tp_program;
 // or the decoder is not what tp_layer says.
 TP_API tp_program* tp_program_create(const tp_decoder* decoder);
 TP_API void tp_program_destroy(tp_program* program);
+
+// Bytes that its largest steps work in, besides the logits. They are taken from the system when first used.
+TP_API size_t tp_program_scratch_bytes(const tp_program* program);
 
 // One step: writes keys and values of the new tokens into the cache, and logits.
 TP_API void tp_program_step(tp_program* program, const tp_step* step);

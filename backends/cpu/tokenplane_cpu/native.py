@@ -11,7 +11,7 @@ from tokenplane_core.backend.errors import ConfigError
 
 ISA = "TOKENPLANE_CPU_ISA"  # names a weaker tier of instruction sets, for tests and for comparing
 TIERS = ("amx_emulated", "generic", "avx2", "avx512", "avx512_bf16", "amx")  # weakest first; the first is for tests
-ABI = 1
+ABI = 2
 """TP_ABI of the tokenplane_cpu.h that this package's structs and calls were written for."""
 
 _FILE = Path(__file__).with_name("libtokenplane_cpu.so")

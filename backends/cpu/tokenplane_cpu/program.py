@@ -173,6 +173,11 @@ class Program:
         others = {tensor.data_ptr(): tensor.nbytes for tensor in self._keep}
         return sum(weight.nbytes for weight in self._weights) + sum(others.values())
 
+    def workspace_bytes(self, draws: int) -> int:
+        """Memory that the largest step and that many logits take while they are computed, bytes."""
+        scratch: int = self._lib.tp_program_scratch_bytes(self._handle)
+        return scratch + draws * self.vocab_size * 4
+
     def block_bytes(self) -> list[tuple[int, int]]:
         """Memory of one block of the cache: keys and values of each layer."""
         sizes = (self._lib.tp_key_block_bytes, self._lib.tp_value_block_bytes)
@@ -245,6 +250,7 @@ def _library() -> ctypes.CDLL:
     found.tp_program_create.restype = c_void_p
     found.tp_program_create.argtypes = [c_void_p]
     found.tp_program_destroy.argtypes = [c_void_p]
+    found.tp_program_scratch_bytes.restype, found.tp_program_scratch_bytes.argtypes = ctypes.c_size_t, [c_void_p]
     found.tp_program_step.argtypes = [c_void_p, c_void_p]
     for size in (found.tp_key_block_bytes, found.tp_value_block_bytes):
         size.restype, size.argtypes = ctypes.c_size_t, [c_void_p]
