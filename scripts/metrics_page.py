@@ -38,7 +38,7 @@ BUCKETS = f"""## Buckets
 * durations: {len(BOUNDS_S)} from {BOUNDS_S[0]:.5f} s to {BOUNDS_S[-1]:.1f} s, each 1.5 times the one before, as in TGI.
 * tokens: 100 equal steps up to `--max-input-tokens` or `--max-total-tokens`; the tables show them for
   {EXAMPLE.max_input_tokens} and {EXAMPLE.max_total_tokens}.
-* sizes of batches: 1, 2, 3 and so on.
+* sizes of batches: 1, 2, 3 and so on; drafts that were right: 0, 1, 2 and so on up to `--speculate`, here 4.
 """
 
 
@@ -57,7 +57,7 @@ def page() -> str:
 def _metrics() -> Metrics:
     """As of a server that has seen every kind of step and of failure."""
     steps = {method: Durations() for method in ("prefill", "decode")}
-    info = SimpleNamespace(num_blocks=1, block_tokens=1)
+    info = SimpleNamespace(num_blocks=1, block_tokens=1, max_drafts=4)
     engine = SimpleNamespace(
         stats=Stats(inference=steps, forward=steps, commit=steps, publish=steps),
         num_live=0,

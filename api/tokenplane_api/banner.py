@@ -66,6 +66,8 @@ def _limits(
         yield "--max-loras", str(info.max_adapters), given if options.max_loras else named
         why = given if options.max_lora_rank else f"the largest of them, {LEAST_RANK} at least"
         yield "--max-lora-rank", str(info.max_adapter_rank), why
+    if info.max_drafts:
+        yield "--speculate", str(info.max_drafts), _why_offered(options.max_drafts, info.max_drafts)
     most = settings.max_concurrent_requests
     yield (
         "--max-concurrent-requests",

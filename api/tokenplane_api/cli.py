@@ -126,6 +126,7 @@ def plan(model_id: str, device: str | None, count: int, json: bool, config: Path
                 max_sequences=values["max_batch_size"],
                 max_adapters=values["max_loras"] or 0,
                 max_adapter_rank=values["max_lora_rank"] or LEAST_RANK,
+                max_drafts=values["speculate"] or 0,
             ),
             progress=lambda line: click.echo(line, err=True),
         )
@@ -149,6 +150,7 @@ UNSET_IN_PLANS = {
     "cuda-memory-fraction": "",
     "max-loras": "none",
     "max-lora-rank": str(LEAST_RANK),
+    "speculate": "",
 }
 """The options of `serve` that a plan depends on, with what holds without them."""
 

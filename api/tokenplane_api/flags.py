@@ -32,6 +32,7 @@ COUNT = click.IntRange(min=1)
 NATURAL = click.IntRange(min=0)
 SECONDS = click.FloatRange(min=0, min_open=True)
 PATH = click.Path(path_type=Path)
+MOST_DRAFTS = 64
 
 
 class Rows(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
@@ -200,7 +201,7 @@ QUANTIZERS = (
     "awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq", "exl2", "fp8", "gptq",
     "int4", "int8", "marlin",
 )  # fmt: skip
-KV_CACHE_DTYPES = ("auto", "int8")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8_e4m3fn", "fp8_e5m2")  # what a backend lacks is refused with what it has
 
 
 def _engine() -> Iterator[Flag]:
@@ -240,6 +241,10 @@ def _engine() -> Iterator[Flag]:
     yield Flag(
         name="prefix-caching", group=ENGINE, field="prefix_cache", is_switch=True, names=("--no-prefix-caching",),
         help="Reuse the KV cache of equal prompt starts.", tgi="by model and hardware",
+    )
+    yield Flag(
+        name="speculate", group=ENGINE, field="max_drafts", type=click.IntRange(0, MOST_DRAFTS), tgi="unset",
+        help="Tokens guessed from the text so far, which a step verifies for each sequence; no text changes. 0: none.",
     )
     yield Flag(
         name="ready-timeout", group=ENGINE, field="ready_timeout_s", type=COUNT,
@@ -413,10 +418,6 @@ def _refused() -> Iterator[Flag]:
     def refused(name: str, why: str, tgi: str = "unset", type: Any = str, **more: Any) -> Flag:
         return Flag(name=name, type=type, tgi=tgi, verdict="refused", why=why, **more)
 
-    yield refused(
-        "speculate", "speculative decoding is not built; leave it out: it changes how fast a text comes, not the text",
-        type=NATURAL, idle=(0,),
-    )
     rope = "positions are scaled as the model's config.json says; change rope_parameters in a copy of its folder"
     yield refused("rope-scaling", rope)
     yield refused("rope-factor", rope, type=click.FLOAT, idle=())

@@ -125,6 +125,7 @@ class EngineCollector(Collector):
             {"": self._engine.inter_token},
         )
         yield from _batch_metrics(stats)
+        yield _skipped_tokens(stats.accepted, self._engine.info.max_drafts if self._engine.has_info else 0)
 
     def _gauges(self, stats: Stats) -> dict[str, tuple[str, float]]:
         gauges: dict[str, tuple[str, float]] = {
@@ -162,6 +163,8 @@ class EngineCollector(Collector):
             "tokenplane_padded_tokens": ("Padding tokens computed for nothing", stats.padded_tokens),
             "tokenplane_compiled_shapes": ("Shapes compiled after the warm-up", stats.compiled_shapes),
             "tokenplane_device_busy_seconds": ("Seconds the device was busy", stats.device_s),
+            "tokenplane_draft_tokens": ("Tokens guessed, for a step to verify", stats.draft_tokens),
+            "tokenplane_draft_tokens_accepted": ("Guessed tokens that were right", stats.draft_tokens_accepted),
             "tokenplane_engine_restarts": ("Times the engine process was replaced", self._engine.num_restarts),
         }
 
@@ -194,6 +197,16 @@ def _batch_metrics(stats: Stats) -> Iterator[Metric]:
         "Requests taken from the queue at once",
         buckets=_buckets(range(1, MAX_BATCH_SIZE_BUCKET + 1), [*sizes, beyond]),
         sum_value=sum(size * count for size, count in stats.admitted.items()),
+    )
+
+
+def _skipped_tokens(accepted: Mapping[int, int], most: int) -> Metric:
+    """TGI's name for it: steps that a sequence was spared."""
+    return HistogramMetricFamily(
+        "tgi_request_skipped_tokens",
+        "Guessed tokens that were right, for each step of a sequence",
+        buckets=_buckets(range(most + 1), [*(accepted.get(count, 0) for count in range(most + 1)), 0]),
+        sum_value=sum(count * times for count, times in accepted.items()),
     )
 
 

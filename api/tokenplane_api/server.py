@@ -119,6 +119,7 @@ def _engine_config(
         kv_cache_tokens=options.kv_cache_tokens,
         required_tokens=settings.max_total_tokens,
         prefix_cache=options.prefix_cache,
+        max_drafts=options.max_drafts,
         adapters=adapters.folders,
         max_adapters=adapters.max_adapters,
         max_adapter_rank=adapters.max_rank,

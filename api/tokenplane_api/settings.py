@@ -83,6 +83,7 @@ class ServeOptions:
     max_sequences: int | None = None
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
+    max_drafts: int = 0  # guessed tokens that a step verifies for a sequence
     lora_adapters: tuple[AdapterSource, ...] = ()
     max_loras: int | None = None  # adapters held at once
     max_lora_rank: int | None = None

@@ -25,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     adapters: dict[str, str] = {}  # LoRA adapters to begin with: name -> folder; the client loads them
     max_adapters: int = 0  # LoadOptions.max_adapters
     max_adapter_rank: int = 0
+    max_drafts: int = 0  # LoadOptions.max_drafts; 0: no speculation
     ageing_s: float = 10.0  # waiting this long is worth one priority level
     ready_timeout_s: float = 600.0  # from process start to the first Ready
     hang_timeout_s: float = 300.0  # silence after which a running engine counts as hung

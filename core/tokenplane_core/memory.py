@@ -286,8 +286,9 @@ class MemoryPlan:
         split = f", split over {self.shards}" if self.shards > 1 else ""
         stored = f"{model.quantize}, quantized from {model.dtype}" if model.quantize else model.dtype
         yield MemoryRow("weights", self.weights_bytes, None, f"{stored}{split}, from {self.weights.source}")
-        workspace = workspace_bytes(model, self.step_tokens, self.sequences, self.shards)
-        why = f"activations of {self.step_tokens:,} tokens, logits of {self.sequences} rows x {model.vocab_size:,}"
+        rows = self.sequences + self.options.max_drafts
+        workspace = workspace_bytes(model, self.step_tokens, rows, self.shards)
+        why = f"activations of {self.step_tokens:,} tokens, logits of {rows} rows x {model.vocab_size:,}"
         yield MemoryRow("workspace", workspace, None, why)
         yield _graphs_row(model, offer.decode_graphs, self.sequences)
         if self.options.max_adapters:

@@ -129,6 +129,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     prompt_logprobs: bool  # whether a request may ask for them
     max_adapters: int = 0  # LoRA adapters at a time
     max_adapter_rank: int = 0
+    max_drafts: int = 0  # guessed tokens that a step verifies for a sequence; 0: no speculation
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -170,6 +171,9 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     adapters_loaded: int = 0
     steps_joined: int = 0  # in which new requests joined running ones
     admitted: dict[int, int] = {}  # how often so many requests were taken from the queue at once
+    draft_tokens: int = 0  # computed as guesses
+    draft_tokens_accepted: int = 0  # of them, that were right
+    accepted: dict[int, int] = {}  # how often so many drafts of a row were right, those without drafts among them
     # Of steps, by "prefill" and "decode":
     inference: dict[str, Durations] = {}  # from the launch until the output is read back
     forward: dict[str, Durations] = {}  # as the backend reports it

@@ -23,6 +23,7 @@ from .backend.errors import TokenplaneError
 from .config import EngineConfig
 from .engine.engine import Engine
 from .engine.grammar import LLGrammars
+from .engine.speculation import NgramDrafter
 from .engine.startup import start_backend
 from .garbage import settle
 from .logs import configure
@@ -215,6 +216,7 @@ def serve(path: str, config: EngineConfig) -> int:
         ageing_s=config.ageing_s,
         grammars=LLGrammars(Path(config.model.path), config.model.vocab_size),
         answer=server.answer,
+        drafter=NgramDrafter() if config.max_drafts else None,
     )
     server.engine = engine
     settle()

@@ -97,6 +97,20 @@ ROWS: dict[str, list[Panel]] = {
             ],
         ),
         ("Requests taken from the queue at once", "short", quantiles("tgi_batch_next_size")),
+        (
+            "Guessed tokens (--speculate)",
+            "percentunit",
+            [
+                (
+                    f"{rate('tokenplane_draft_tokens_accepted_total')} / {rate('tokenplane_draft_tokens_total')}",
+                    "of them right",
+                ),
+                (
+                    f"{rate('tokenplane_draft_tokens_accepted_total')} / {rate('tokenplane_generated_tokens_total')}",
+                    "of all tokens guessed",
+                ),
+            ],
+        ),
     ],
     "Trouble": [
         ("Preemptions", "ops", [(rate("tokenplane_requests_preempted_total"), "per second")]),

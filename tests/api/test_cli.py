@@ -276,7 +276,7 @@ def test_a_tgi_deployment_starts_and_logs_what_its_scripts_look_for(model_folder
     assert any("--port is 0 (PORT)" in message for message in messages), "what was given, and where"
 
 
-@pytest.mark.parametrize("variable", ["SPECULATE", "TGI_WIGGLE_ROOM"])
+@pytest.mark.parametrize("variable", ["ROPE_SCALING", "TGI_WIGGLE_ROOM"])
 def test_a_refused_variable_ends_the_start(variable: str, capfd: pytest.CaptureFixture[str]) -> None:
     ended = run_cli("serve", "--model-id", "x", environment={variable: "1"})
     assert ended.returncode == 1

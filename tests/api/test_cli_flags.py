@@ -34,7 +34,7 @@ FLAGS_OF_TGI: dict[str, tuple[str, Any]] = {
     "sharded": ("true", REFUSED),
     "num-shard": ("4", REFUSED),
     "quantize": ("awq", ("quantize", "awq")),
-    "speculate": ("2", REFUSED),
+    "speculate": ("2", ("max_drafts", 2)),
     "dtype": ("float16", ("dtype", "float16")),
     "kv-cache-dtype": ("int8", ("kv_cache_dtype", "int8")),
     "trust-remote-code": ("", ("trust_remote_code", True)),
@@ -231,7 +231,7 @@ def test_nothing_given_leaves_every_default() -> None:
 
 
 def test_refused_flags_that_ask_for_nothing_are_accepted() -> None:
-    assert launch("--speculate", "0", "--num-shard", "1").notices == []
+    assert launch("--num-shard", "1").notices == []
     assert launch("--sharded", "false").notices == []
 
 
@@ -428,3 +428,5 @@ def test_the_kv_cache_is_quantized_where_the_backend_can() -> None:
     assert kv_dtype_of("auto", "cpu", ()) is kv_dtype_of(None, "cpu", ("int8",)) is None
     with pytest.raises(ConfigError, match="--kv-cache-dtype is int8, but backend cuda keeps its KV cache in auto only"):
         kv_dtype_of("int8", "cuda", ())
+    with pytest.raises(ConfigError, match="is fp8_e5m2, but backend cpu keeps its KV cache in auto or int8"):
+        kv_dtype_of("fp8_e5m2", "cpu", ("int8",))

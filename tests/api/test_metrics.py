@@ -31,6 +31,7 @@ TGI_DASHBOARD = {
     "tgi_request_generated_tokens_count": (),
     "tgi_request_input_length_bucket": ("le",),
     "tgi_request_max_new_tokens_bucket": ("le",),
+    "tgi_request_skipped_tokens_bucket": ("le",),
     "tgi_queue_size": (),
     "tgi_batch_current_size": (),
     "tgi_batch_current_max_tokens": (),
@@ -46,7 +47,7 @@ TGI_DASHBOARD = {
 }
 """With their labels. What is left out on purpose stands in the page about migrating: tgi_batch_concat_duration (nothing
 is ever merged), tgi_batch_inference_failure (a step that fails ends the engine process: tokenplane_engine_restarts),
-tgi_batch_total_tokens (TGI never sets it), tgi_request_skipped_tokens (there is no speculation)."""
+tgi_batch_total_tokens (TGI never sets it)."""
 
 GATEWAY_GAUGES = ("tokenplane_requests_waiting", "tokenplane_requests_running", "tokenplane_kv_utilization")
 """What the Gateway API inference extension routes by."""

@@ -17,7 +17,7 @@ from tokenplane_core.kit.report import LEVELS, verdict
 
 ROOT = Path(__file__).parents[2]
 LONGEST = "a_rather_long_name_x"
-CLAIMS = ("kv.kind", "shapes.", "async_depth", "sampling.", "limits.", "prompt_logprobs", "adapters")
+CLAIMS = ("kv.kind", "shapes.", "async_depth", "sampling.", "limits.", "prompt_logprobs", "adapters", "max_drafts")
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,18 @@ def test_simulated_devices_count_token_ids_and_need_no_weights(tmp_path: Path, b
     assert (rows["KV per token"].estimated_bytes, rows["KV per token"].measured_bytes) == (4, 4)
 
 
+def test_there_is_room_for_the_logits_of_drafts() -> None:
+    """Of as many as one row has; a step of many rows has no more."""
+
+    def workspace(max_drafts: int) -> int:
+        rows = plan(8 * GIB, options=LoadOptions(max_sequences=8, max_drafts=max_drafts)).rows()
+        (size,) = [row.estimated_bytes for row in rows if row.piece == "workspace"]
+        assert size is not None
+        return size
+
+    assert workspace(4) - workspace(0) == 4 * 128256 * (2 + 8)
+
+
 def test_the_workspace_is_what_a_step_was_measured_to_take(tmp_path: Path) -> None:
     """Peak of torch's own account of the host's allocations, over one step of a Llama and one of a Mixtral."""
     from torch.profiler import ProfilerActivity, profile

@@ -22,7 +22,7 @@ from tokenplane_core.backend.records import (
     StepHandle,
     StepOutput,
 )
-from tokenplane_core.backend.tables import SlotTables
+from tokenplane_core.backend.tables import SlotTables, draws_of
 from tokenplane_torch.module import MOST_SCORED_TOKENS
 from tokenplane_torch.sampler import needs_history
 from tokenplane_torch.slots import PENALTIES, Histories
@@ -58,6 +58,9 @@ class ProgramRunner:
     def weights_bytes(self) -> int:
         return self.program.weights_bytes
 
+    def workspace_bytes(self, draws: int) -> int:
+        return self.program.workspace_bytes(draws)
+
     def block_bytes(self) -> int:
         return self.cache.block_bytes
 
@@ -84,14 +87,14 @@ class ProgramRunner:
         source = np.repeat(batch.row_starts[:rows], new) + own
         token_ids = batch.token_ids[source]
         self._slots.token_ids[np.repeat(slots, new), np.repeat(context, new) + own] = token_ids
-        sampled = np.flatnonzero(batch.sample[:rows])
-        wanted, scored = ends[sampled] - 1, None
+        drawn, lengths = draws_of(batch)
+        wanted, scored = starts[drawn] + lengths - context[drawn] - 1, None
         if batch.next_token_ids is not None:
             following = batch.next_token_ids[source]
             after = np.flatnonzero(following >= 0)
             wanted, scored = np.concatenate((wanted, after)), following[after]
-        logits = self.program.step(token_ids, slots, context, new, wanted, len(sampled))
-        return self._drawn(batch, logits, slots[sampled], (context + new)[sampled], sampling, started_s, scored)
+        logits = self.program.step(token_ids, slots, context, new, wanted, len(drawn))
+        return self._drawn(batch, logits, slots[drawn], lengths, sampling, started_s, scored)
 
     def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
         started_s = time.perf_counter()

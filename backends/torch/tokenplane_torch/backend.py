@@ -83,6 +83,8 @@ class TorchBackend(ABC):
             device.close()
             raise
         self._device, self._runner, self._adapters = device, loaded.runner, loaded.adapters
+        # A padded prefill computes logits of each row's last token alone.
+        ragged_prefill = all(bucket.phase == "decode" for bucket in loaded.shapes.buckets)
         return Capabilities(
             contract=CONTRACT_VERSION,
             backend=self.name,
@@ -98,9 +100,9 @@ class TorchBackend(ABC):
             weights_bytes=loaded.weights_bytes,
             reserved_bytes=loaded.reserved_bytes,
             kernels=loaded.kernels,
-            # A padded prefill computes logits of each row's last token alone.
-            prompt_logprobs=all(bucket.phase == "decode" for bucket in loaded.shapes.buckets),
+            prompt_logprobs=ragged_prefill,
             adapters=loaded.adapters.limits if loaded.adapters is not None else None,
+            max_drafts=options.max_drafts if device.mixed and ragged_prefill else 0,
         )
 
     def _require_offered(self, model: ModelSpec, device: Device, options: LoadOptions) -> None:

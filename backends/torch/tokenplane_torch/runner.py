@@ -30,6 +30,7 @@ from tokenplane_core.backend.records import (
     StepHandle,
     StepOutput,
 )
+from tokenplane_core.backend.tables import draws_of
 
 from .checks import check_model
 from .device import TorchDevice, powers_of_two
@@ -55,6 +56,10 @@ class Runner(Protocol):
         ...
 
     def weights_bytes(self) -> int: ...
+
+    def workspace_bytes(self, draws: int) -> int | None:
+        """Memory that its largest step and that many draws take while they run; None: it has to be measured."""
+        ...
 
     def block_bytes(self) -> int:
         """Memory of one block of the cache over all layers."""
@@ -118,6 +123,9 @@ class ModelRunner:
 
     def weights_bytes(self) -> int:
         return weights_bytes(self.module.module)
+
+    def workspace_bytes(self, draws: int) -> None:
+        return None
 
     def block_bytes(self) -> int:
         return self.device.block_bytes(self.layer_shapes)
@@ -195,14 +203,14 @@ class ModelRunner:
     def prefill(self, batch: PrefillBatch, sampling: SamplingBatch) -> StepHandle:
         clock = self.device.clock()
         self._slots.apply(batch.head)
-        sampled = np.flatnonzero(batch.sample[: batch.num_rows])
-        if batch.bucket is not None:
-            return self._run_padded(batch, sampled, sampling, clock)
+        drawn, lengths = draws_of(batch)
+        if batch.bucket is not None:  # then there are no drafts: no shape of a prefill draws more than once for a row
+            return self._run_padded(batch, drawn, sampling, clock)
         new = batch.num_new_tokens[: batch.num_rows]
         packed_starts = np.cumsum(new) - new
         source = np.repeat(batch.row_starts[: batch.num_rows] - packed_starts, new) + np.arange(new.sum())
         following = None if batch.next_token_ids is None else batch.next_token_ids[source]
-        return self._run_packed(batch, batch.token_ids[source], new, sampled, sampling, clock, following)
+        return self._run_packed(batch, batch.token_ids[source], new, drawn, lengths, sampling, clock, following)
 
     @torch.inference_mode()
     def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
@@ -211,32 +219,32 @@ class ModelRunner:
         rows = batch.num_rows
         if batch.bucket is not None:
             return self._run_padded(batch, np.arange(rows), sampling, clock)
-        return self._run_packed(
-            batch, batch.token_ids[:rows], np.ones(rows, np.int32), np.arange(rows), sampling, clock
-        )
+        ones, lengths = np.ones(rows, np.int32), batch.context_lens[:rows] + 1
+        return self._run_packed(batch, batch.token_ids[:rows], ones, np.arange(rows), lengths, sampling, clock)
 
     def _run_packed(
         self,
         batch: Batch,
         token_ids: I32,
         new: I32,
-        sampled: NDArray[np.int64],
+        drawn: NDArray[np.int64],
+        lengths: I32,
         sampling: SamplingBatch,
         clock: StepClock,
         following: I32 | None = None,
     ) -> StepHandle:
         """Compute the packed tokens i32 [t] of the real rows, of which row i has new[i].
 
+        drawn, lengths: [n] the row of each draw, and how many tokens come before it: see `draws_of`.
         following: i32 [t] tokens whose log-probabilities are wanted, -1 where none is; see PrefillBatch.
         """
         slots, context_lens = batch.slots[: batch.num_rows], batch.context_lens[: batch.num_rows]
-        draws = np.isin(np.arange(batch.num_rows), sampled)
         plan = plan_step(
             token_ids,
             new,
             context_lens,
             self._slots.blocks[slots],
-            draws,
+            np.bincount(drawn, minlength=batch.num_rows),
             self._layout.block_tokens,
             self.device.upload,
         )
@@ -251,9 +259,9 @@ class ModelRunner:
         return self._sample(
             batch,
             logits,
-            np.arange(len(sampled)),
-            slots[sampled],
-            (context_lens + new)[sampled],
+            np.arange(len(drawn)),
+            slots[drawn],
+            lengths,
             sampling,
             clock,
             self._executor.compiled,

@@ -23,6 +23,7 @@ from tokenplane_core.backend.records import (
     SamplingBatch,
     ShapePolicy,
 )
+from tokenplane_core.memory import workspace_bytes
 
 from .device import TorchDevice
 from .loader import first_line, is_out_of_memory, load_model
@@ -73,16 +74,19 @@ def load_runner(model: ModelSpec, device: TorchDevice, options: LoadOptions) -> 
         runner = device.runner(module, model, policy, step_tokens)
     del module
     kernels = dict(runner.describe())
-    graph_bytes = workspace_bytes = 0
+    draws = sequences + options.max_drafts
+    graph_bytes, workspace = 0, runner.workspace_bytes(draws)
     gc.collect()  # what loading left behind would count as taken
     if isinstance(runner, ModelRunner):
         if policy.mode == "soft":
             kernels["graphs"], graph_bytes = _try_capture(runner)
             policy = runner.policy
-        workspace_bytes = _measured_workspace(runner, step_tokens, sequences)
+        workspace = _measured_workspace(runner, step_tokens, sequences, draws)
+    if workspace is None:
+        workspace = workspace_bytes(model, step_tokens, draws)
     reserved = {
         "slots": SlotState.size_bytes(sequences, model.max_model_tokens, device.block_tokens),
-        "workspace": workspace_bytes,
+        "workspace": workspace,
         "graphs": graph_bytes,
         "headroom": device.headroom_bytes(),
     }
@@ -167,8 +171,8 @@ def warm_up(runner: Runner) -> int:
         return runner.warmup()
 
 
-def _measured_workspace(runner: ModelRunner, step_tokens: int, sequences: int) -> int:
-    """Memory that the largest step, or drawing for all sequences, takes while it runs; 0 where nobody counts.
+def _measured_workspace(runner: ModelRunner, step_tokens: int, sequences: int, draws: int) -> int | None:
+    """Memory that the largest step, or the most draws, take while they run; None where nobody counts.
 
     Its rows all write into the padding block: what is computed means nothing, how much memory it takes does.
 
@@ -176,14 +180,14 @@ def _measured_workspace(runner: ModelRunner, step_tokens: int, sequences: int) -
         OutOfMemory: there is not so much.
     """
     if runner.device.peak_bytes() is None:
-        return 0
+        return None
     what = f"no memory left for a step of {step_tokens} tokens of {sequences} sequences"
     with as_out_of_memory(what, "; lower --max-batch-prefill-tokens or --max-batch-size"):
-        return _peak_bytes(runner, step_tokens, sequences)
+        return _peak_bytes(runner, step_tokens, sequences, draws)
 
 
 @torch.inference_mode()
-def _peak_bytes(runner: ModelRunner, step_tokens: int, sequences: int) -> int:
+def _peak_bytes(runner: ModelRunner, step_tokens: int, sequences: int, draws: int) -> int:
     device, longest = runner.device, runner.max_model_tokens
     layers = device.allocate(runner.layer_shapes, PAD_BLOCK + 1)
     for layer in layers:
@@ -194,8 +198,8 @@ def _peak_bytes(runner: ModelRunner, step_tokens: int, sequences: int) -> int:
     logits = runner.try_step(layers, rows, context=0)
     step_bytes = device.peak_bytes() or 0
     # All ids equally likely: then filters look at every one of them, and take most memory.
-    flat = logits.new_zeros((sequences, logits.shape[1]))
-    runner.sampler.draw(flat, np.arange(sequences), _demanding(sequences), None)
+    flat = logits.new_zeros((draws, logits.shape[1]))
+    runner.sampler.draw(flat, np.arange(draws), _demanding(draws), None)
     return max(step_bytes, device.peak_bytes() or 0)
 
 

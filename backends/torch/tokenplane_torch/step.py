@@ -87,14 +87,15 @@ def plan_step(
     num_new_tokens: I32,
     context_lens: I32,
     tables: I32,
-    sample: Bool,
+    num_draws: NDArray[np.integer[Any]] | Bool,
     block_tokens: int,
     upload: Upload,
 ) -> StepPlan:
     """Plan a ragged step.
 
     Shapes:
-        token_ids i32 [t] packed, num_new_tokens and context_lens i32 [n], tables i32 [n, blocks], sample bool [n].
+        token_ids i32 [t] packed, num_new_tokens and context_lens i32 [n], tables i32 [n, blocks]; num_draws of integers
+        or bool [n], after how many of each row's last tokens one is sampled.
     """
     ends = np.cumsum(num_new_tokens, dtype=np.int32)
     starts = ends - num_new_tokens
@@ -129,10 +130,16 @@ def plan_step(
         token_ids=upload(token_ids),
         positions=upload(positions),
         write_index=upload(blocks * block_tokens + positions % block_tokens),
-        logits_index=upload((ends[sample] - 1).astype(np.int64)),
+        logits_index=upload(_last_tokens(ends, num_draws.astype(np.int64))),
         decode=rows(num_new_tokens == 1),
         prefill=rows(num_new_tokens > 1),
     )
+
+
+def _last_tokens(ends: I32, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The last counts[i] tokens of rows that end before ends[i], row after row."""
+    so_far = np.cumsum(counts)
+    return np.repeat(ends - so_far, counts) + np.arange(counts.sum())
 
 
 class PagedStep:

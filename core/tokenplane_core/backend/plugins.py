@@ -189,6 +189,16 @@ class Backend:
             raise ContractViolation(f"backend {self.name} declares hard shapes but implements no warmup")
         self._require_offered("weights", model.quantize, "quantizes", capabilities.device)
         self._require_offered("KV cache", model.kv_dtype, "kv_dtypes", capabilities.device)
+        if capabilities.max_drafts and not capabilities.mixed:
+            raise ContractViolation(
+                f"backend {self.name} declares max_drafts {capabilities.max_drafts} without mixed: rows with drafts"
+                " travel in prefill calls"
+            )
+        if capabilities.max_drafts > options.max_drafts:
+            raise ContractViolation(
+                f"backend {self.name} declares max_drafts {capabilities.max_drafts}, but {options.max_drafts} were"
+                " asked for (LoadOptions.max_drafts)"
+            )
         if capabilities.adapters is not None and not self._has_adapters:
             raise ContractViolation(
                 f"backend {self.name} declares adapters but does not implement adapter_load and adapter_drop"

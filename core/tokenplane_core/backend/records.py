@@ -152,6 +152,7 @@ class LoadOptions:
     graph_rows: tuple[int, ...] | None = None  # the user's wish for the rows of "soft" decode buckets; (): capture none
     max_adapters: int = 0  # LoRA adapters to make room for; 0: there will be none, and the model stays as it is
     max_adapter_rank: int = 0  # of the largest of them
+    max_drafts: int = 0  # most draft tokens that a row will bring, see PrefillBatch.num_drafts; 0: there will be none
 
 
 # --- What the loaded model can do: Capabilities -------------------------------------------------------------
@@ -270,6 +271,10 @@ class Capabilities:
     kernels: Mapping[str, str] = field(default_factory=dict)  # piece -> which implementation and why
     prompt_logprobs: bool = False  # False: PrefillBatch.next_token_ids never comes, who asks is refused at the door
     adapters: AdapterLimits | None = None  # None: no adapter_load comes, and SlotOpen.adapter is always 0
+    # Most draft tokens of a row: LoadOptions.max_drafts where the plugin can verify drafts, which takes `mixed`. 0:
+    # PrefillBatch.num_drafts never comes. A batch draws at most limits.max_sequences + max_drafts tokens, so memory for
+    # logits does not grow with rows times drafts.
+    max_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +330,7 @@ class StepHead:
 
 @dataclass(frozen=True, slots=True)
 class PrefillBatch:
-    """Prompt chunks, flat. With `Capabilities.mixed` also decode rows (one new token, sampled).
+    """Prompt chunks, flat. With `Capabilities.mixed` also decode rows (one new token, sampled), even alone.
 
     Row i computes the `num_new_tokens[i]` tokens token_ids[row_starts[i] : row_starts[i] + num_new_tokens[i]] at
     positions context_lens[i] and up. What lies between a row's tokens and the next row's start is padding. Rows
@@ -344,6 +349,11 @@ class PrefillBatch:
     # i32 [row_starts[-1]] the prompt token that follows a token, where its log-probability is wanted, else -1.
     # None: nowhere.
     next_token_ids: I32 | None = None
+    # i32 [rows] the last n tokens of a row are drafts: guesses of what will be drawn. Draw after each of them, and
+    # after the token before them; such a row has 1 + n tokens, all known to the host, and `sample` is True. What wrong
+    # guesses leave in the cache and among the slot's tokens, later steps overwrite at the same positions: address both
+    # by position. None: no row has drafts.
+    num_drafts: I32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,13 +376,14 @@ class TokenMask:
     step's forward pass is launched: then the device computes meanwhile.
     """
 
-    rows: I32  # i32 [m] rows of the SamplingBatch, rising; all others may draw any id
+    rows: I32  # i32 [m] entries of the SamplingBatch, rising; all others may draw any id
     words: Callable[[], U32]  # u32 [m, ceil(vocab / 32)] bit t % 32 of word t // 32 is 1: id t is allowed; one at least
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """How to draw, one entry per sampled row in batch order (padding rows have none).
+    """How to draw, one entry per token to draw, in batch order: one for a sampled row, 1 + n for a row with n drafts,
+    each with its own position (padding rows have none).
 
     The meaning of each field, the order they apply in and the law for the random draw are in `sampling.py`, with
     the reference implementation. `features` names what this batch uses, so that a plugin can skip the rest.
@@ -403,7 +414,7 @@ class SamplingBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step produced, rows as in SamplingBatch."""
+    """What a step produced, rows as the entries of SamplingBatch."""
 
     step: int
     token_ids: I32  # i32 [n]; [0] when logits were asked for

@@ -7,9 +7,22 @@ simulated devices use.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .records import I32, PAD_BLOCK, TOKEN_ON_DEVICE, DecodeBatch, KVLayout, PrefillBatch, StepHead
 from .sampling import History
+
+
+def draws_of(batch: PrefillBatch) -> tuple[NDArray[np.int64], I32]:
+    """For each token that a batch draws, in order, i64 and i32 [n]: its row, and how many tokens come before it."""
+    ends = batch.context_lens + batch.num_new_tokens
+    if batch.num_drafts is None:
+        rows = np.flatnonzero(batch.sample[: batch.num_rows])
+        return rows, ends[rows]
+    counts = (batch.sample + batch.num_drafts)[: batch.num_rows]
+    rows = np.repeat(np.arange(batch.num_rows), counts)
+    still_to_draw = np.repeat(np.cumsum(counts), counts) - np.arange(len(rows)) - 1  # after it, for the same row
+    return rows, (ends[rows] - still_to_draw).astype(np.int32)
 
 
 class SlotTables:

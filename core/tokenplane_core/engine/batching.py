@@ -19,8 +19,9 @@ from ..backend.records import (
     TokenMask,
 )
 from ..backend.sampling import History
+from ..backend.tables import draws_of
 from ..messages import SamplingParams, Submit
-from .grammar import GuidedRow, banned_by
+from .grammar import GuidedRow, banned_by, guesses
 from .scheduler import Plan, Row
 from .sequence import Sequence
 
@@ -87,9 +88,9 @@ class Batcher:
         head = self._head(plan.rows)
         if plan.phase == "prefill":
             prompts = self._prefill(plan, head)
-            rows = [row for row in plan.rows if row.sample]
-            ends = (prompts.context_lens + prompts.num_new_tokens)[prompts.sample]
-            return prompts, self._sampling(rows, prompts.slots[prompts.sample], ends, return_logits, mask)
+            draws, ends = draws_of(prompts)
+            rows = [plan.rows[i] for i in draws.tolist()]
+            return prompts, self._sampling(rows, prompts.slots[draws], ends, return_logits, mask)
         batch = self._decode(plan, head)
         slots, ends = batch.slots[: batch.num_rows], batch.context_lens[: batch.num_rows] + 1
         return batch, self._sampling(plan.rows, slots, ends, return_logits, mask)
@@ -132,7 +133,7 @@ class Batcher:
         num_rows = len(plan.rows)
         rows = plan.bucket.rows if plan.bucket else num_rows
         new = np.zeros(rows, np.int32)
-        new[:num_rows] = [row.num_tokens for row in plan.rows]
+        new[:num_rows] = [row.num_tokens + len(row.drafts) for row in plan.rows]
         starts = np.zeros(rows + 1, np.int32)
         if self._pad_rows:
             width = plan.bucket.tokens // plan.bucket.rows if plan.bucket else plan.extent.widest
@@ -147,6 +148,8 @@ class Batcher:
         token_ids[starts[:num_decoding]] = _newest(plan.rows[:num_decoding])
         for row, start in zip(prompts, prompt_starts.tolist(), strict=False):
             token_ids[start : start + row.num_tokens] = _tokens(row)
+        if plan.num_drafts:
+            _place_drafts(plan.rows[:num_decoding], starts, token_ids)
         return PrefillBatch(
             head=head,
             num_rows=num_rows,
@@ -158,6 +161,7 @@ class Batcher:
             sample=_padded([row.sample for row in plan.rows], rows).astype(np.bool_),
             bucket=plan.bucket,
             next_token_ids=_next_token_ids(prompts, prompt_starts),
+            num_drafts=_padded([len(row.drafts) for row in plan.rows], rows) if plan.num_drafts else None,
         )
 
     def _decode(self, plan: Plan, head: StepHead) -> DecodeBatch:
@@ -177,10 +181,10 @@ class Batcher:
     def _sampling(
         self, rows: Rows[Row], slots: I32, ends: I32, return_logits: bool, mask: TokenMask | None
     ) -> SamplingBatch:
-        """How to draw for the sampled rows; slots, ends i32 [rows]: where they live, and the position drawn for."""
+        """How to draw. rows: one for each draw; slots, ends i32 [rows]: where it lives, and the position drawn for."""
         features = frozenset({"mask"} if mask else ()).union(*{self._features[slot] for slot in slots.tolist()})
         biased = rows if "logit_bias" in features else ()
-        starts, ids, values = _biases(biased, len(rows), self._features, self._vocab_size)
+        starts, ids, values = _biases(biased, ends, self._features, self._vocab_size)
         floats = {name: row for (name, _), row in zip(_FLOAT_FEATURES, self._floats[:, slots], strict=True)}
         return SamplingBatch(
             features=features,
@@ -199,28 +203,34 @@ class Batcher:
 
 
 def guided_rows(plan: Plan, vocab_size: int) -> list[GuidedRow]:
-    """Which of the plan's sampled rows follow a grammar. Needs every token of theirs to be known."""
-    out = []
-    for i, row in enumerate(row for row in plan.rows if row.sample):
-        sequence = row.sequence
-        if sequence.guide is not None:
+    """Which of the plan's draws follow a grammar. Needs every token of theirs to be known."""
+    out, draw = [], 0
+    for row in plan.rows:
+        if not row.sample:
+            continue
+        sequence, guide = row.sequence, row.sequence.guide
+        if guide is not None:
             assert row.start_tokens + row.num_tokens == len(sequence.token_ids), "a guide is behind its tokens"
-            may_stop = sequence.num_generated_tokens >= sequence.sampling.min_new_tokens
+            must_come = sequence.sampling.min_new_tokens - sequence.num_generated_tokens
             stops = [token_id for token_id in sequence.stop_token_ids if 0 <= token_id < vocab_size]
-            out.append(GuidedRow(i, sequence.guide, stops, banned_by(sequence.sampling), may_stop))
+            banned = banned_by(sequence.sampling)
+            out.append(GuidedRow(draw, guide, stops, banned, must_come <= 0))
+            for i, guess in enumerate(guesses(guide, row.drafts), start=1):
+                out.append(GuidedRow(draw + i, guess, stops, banned, must_come <= i))
+        draw += 1 + len(row.drafts)
     return out
 
 
 def histories(rows: Rows[Row]) -> list[History]:
-    """The tokens before each sampled row's draw, for sampling on the host. Needs every token to be known."""
-    return [
-        History(
-            np.array(row.sequence.token_ids[: row.start_tokens + row.num_tokens], np.int32),
-            row.sequence.num_prompt_tokens,
-        )
-        for row in rows
-        if row.sample
-    ]
+    """The tokens before each draw, for sampling on the host. Needs every token to be known."""
+    out = []
+    for row in rows:
+        if row.sample:
+            known = np.array(row.sequence.token_ids[: row.start_tokens + row.num_tokens], np.int32)
+            guessed = np.concatenate((known, np.array(row.drafts, np.int32)))
+            ends = range(len(known), len(guessed) + 1)
+            out += [History(guessed[:end], row.sequence.num_prompt_tokens) for end in ends]
+    return out
 
 
 def _newest(rows: Rows[Row]) -> list[int]:
@@ -229,6 +239,13 @@ def _newest(rows: Rows[Row]) -> list[int]:
         token_ids[row.start_tokens] if row.start_tokens < len(token_ids := row.sequence.token_ids) else TOKEN_ON_DEVICE
         for row in rows
     ]
+
+
+def _place_drafts(rows: Rows[Row], row_starts: I32, token_ids: I32) -> None:
+    """Put the drafts of decode rows behind the token of each, in place."""
+    for row, start in zip(rows, row_starts.tolist(), strict=False):
+        first = start + row.num_tokens
+        token_ids[first : first + len(row.drafts)] = row.drafts
 
 
 def _tokens(row: Row) -> I32:
@@ -257,14 +274,12 @@ def _next_token_ids(rows: Rows[Row], row_starts: I32) -> I32 | None:
     return out
 
 
-def _biases(
-    rows: Rows[Row], num_rows: int, features: Rows[frozenset[str]], vocab_size: int
-) -> tuple[I32, I32, np.ndarray]:
+def _biases(rows: Rows[Row], ends: I32, features: Rows[frozenset[str]], vocab_size: int) -> tuple[I32, I32, np.ndarray]:
     """bias_starts, bias_ids, bias_values: the client's logit bias, and stop tokens banned by min_new_tokens.
 
-    rows: all `num_rows` sampled rows, or none if nobody asks for a bias.
+    rows: of all draws, or none if nobody asks for a bias. ends: the position that each draws.
     """
-    starts = np.zeros(num_rows + 1, np.int32)
+    starts = np.zeros(len(ends) + 1, np.int32)
     ids: list[int] = []
     values: list[float] = []
     for i, row in enumerate(rows):
@@ -272,8 +287,7 @@ def _biases(
         if "logit_bias" in features[sequence.slot]:
             ids += sequence.sampling.logit_bias.keys()
             values += sequence.sampling.logit_bias.values()
-            num_generated = row.start_tokens + row.num_tokens - sequence.num_prompt_tokens
-            if num_generated < sequence.sampling.min_new_tokens:
+            if ends[i] - sequence.num_prompt_tokens < sequence.sampling.min_new_tokens:
                 # Stop ids the model has no logit for (a tokenizer larger than the model) cannot be drawn anyway.
                 banned = [token_id for token_id in sequence.stop_token_ids if 0 <= token_id < vocab_size]
                 ids += banned

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -37,8 +37,9 @@ from .batching import Batcher, asked_of_sampler, guided_rows, histories, num_pro
 from .grammar import NO_MASKS, Grammars, Guide, PendingMasks, StepMasks
 from .grammar_check import GrammarError
 from .kv_cache import BlockPool
-from .scheduler import MustDrain, Plan, Scheduler
+from .scheduler import MustDrain, Plan, Row, Scheduler
 from .sequence import Sequence, State
+from .speculation import Drafter, Speculation
 from .step_times import StepTimes
 
 log = logging.getLogger("tokenplane.engine")
@@ -90,6 +91,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         grammars: Grammars | None = None,
         answer: Answer = lambda client, answer: None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.capabilities = capabilities
         self.layout = layout
@@ -103,7 +105,13 @@ class Engine:
         paged = capabilities.kv.kind == "paged"
         self.pool = BlockPool(layout.num_blocks, layout.block_tokens, prefix_cache and paged)
         self._batcher = Batcher(layout, capabilities, vocab_size)
-        self.scheduler = Scheduler(capabilities, self.pool, layout.num_slots, self._batcher.slot_left)
+        self._speculation: Speculation | None = None
+        if drafter is not None and capabilities.max_drafts:
+            self._speculation = Speculation(drafter, capabilities.max_drafts)
+        leave = self._batcher.slot_left
+        self.scheduler = Scheduler(capabilities, self.pool, layout.num_slots, leave, self._speculation)
+        # What a step drafts depends on what the step before it has drawn.
+        self._async_depth = capabilities.async_depth if self._speculation is None else 0
         self._adapters = Adapters(backend, capabilities.adapters)
         self._grammars = grammars
         self._compiling: list[tuple[Sequence, Future[Guide]]] = []
@@ -111,6 +119,7 @@ class Engine:
         self._in_flight: deque[InFlight] = deque()
         self._events: defaultdict[int, list[TokenEvent]] = defaultdict(list)
         self._count: defaultdict[str, int] = defaultdict(int)
+        self._accepted: Counter[int] = Counter()
         self._times = StepTimes()
         self._device_s = 0.0
         self._num_arrived = 0
@@ -121,7 +130,8 @@ class Engine:
         """Receive, schedule, submit, collect, publish.
 
         At async depth 1 the next step is launched before the previous one is read back. A step that samples on the
-        host or under a grammar is read back at once, and a scheduler that must preempt waits for what is in flight.
+        host or under a grammar is read back at once, as are all of an engine that speculates, and a scheduler that must
+        preempt waits for what is in flight.
         """
         for client, message in self._receive(self.is_idle):
             self._take(client, message)
@@ -130,7 +140,7 @@ class Engine:
         if self._compiling:
             self._admit_compiled()
         launched = self._launch()
-        depth = self.capabilities.async_depth if launched and not self._in_flight[-1].decides_the_next else 0
+        depth = self._async_depth if launched and not self._in_flight[-1].decides_the_next else 0
         while len(self._in_flight) > depth:
             self._collect()
         if self._events:
@@ -171,6 +181,7 @@ class Engine:
             publish=self._times.publish,
             admitted=self._times.admitted,
             steps_joined=self._times.num_joined,
+            accepted=self._accepted,
             **self._count,
         )
 
@@ -359,20 +370,52 @@ class Engine:
         if step.on_host:
             output = self._sample_on_host(step, output)
         self._note(step, output)
-        self._times.read_back(step.plan.phase, step.launched_s, output.device_s)
+        self._times.read_back(step.plan.counts_as, step.launched_s, output.device_s)
         _keep_prompt_logprobs(step.plan, output)
         token_ids = output.token_ids.tolist()
         index = 0
         for row in step.plan.rows:
+            num_right = 0
             if row.sample:
                 sequence = row.sequence
                 if sequence.state is not State.FINISHED and (
                     sequence.guide is None or self._may_commit(sequence, token_ids[index], index, masks)
                 ):
                     self._commit(sequence, token_ids[index], output, index)
-                index += 1
-            self.scheduler.collected(row)
+                if self._speculation is not None:
+                    num_right = self._commit_behind(row, token_ids, output, index, masks, self._speculation)
+                index += 1 + len(row.drafts)
+            self.scheduler.collected(row, num_right)
         self._times.committed()
+
+    def _commit_behind(
+        self,
+        row: Row,
+        token_ids: list[int],
+        output: StepOutput,
+        index: int,
+        masks: StepMasks,
+        speculation: Speculation,
+    ) -> int:
+        """Commit what was drawn behind drafts that were right; how many were.
+
+        The row's first draw, of `index`, is committed. A draft is right if it is what was drawn in its place; then the
+        draw behind it counts, too, unless the sequence has ended.
+        """
+        sequence, num_right = row.sequence, 0
+        for draft in row.drafts:
+            if sequence.state is State.FINISHED or token_ids[index] != draft:
+                break
+            num_right += 1
+            index += 1
+            if sequence.guide is None or self._may_commit(sequence, token_ids[index], index, masks):
+                self._commit(sequence, token_ids[index], output, index)
+        self._accepted[num_right] += 1
+        if row.drafts:
+            self._count["draft_tokens"] += len(row.drafts)
+            self._count["draft_tokens_accepted"] += num_right
+            speculation.verified(sequence, row.drafts, num_right)
+        return num_right
 
     def _sample_on_host(self, step: InFlight, output: StepOutput) -> StepOutput:
         """The core's own sampler on the logits the device returned."""
@@ -434,7 +477,7 @@ class Engine:
             self.scheduler.finish(sequence)
 
     def _note(self, step: InFlight, output: StepOutput) -> None:
-        self._count["prefill_steps" if step.plan.phase == "prefill" else "decode_steps"] += 1
+        self._count[f"{step.plan.counts_as}_steps"] += 1
         self._count["step_tokens"] += step.plan.extent.tokens
         self._count["padded_tokens"] += step.padded_tokens
         self._count["compiled_shapes"] += output.compiled

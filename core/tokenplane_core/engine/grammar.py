@@ -51,6 +51,10 @@ class Guide(Protocol):
         """Advance by a generated token; False if the grammar does not allow it, then the guide is of no more use."""
         ...
 
+    def copy(self) -> Guide:
+        """Another at the same place; what becomes of it does not concern this one."""
+        ...
+
     @property
     def error(self) -> str:
         """Why the guide is of no more use; "" as long as it is."""
@@ -85,6 +89,9 @@ class LLGuide:
 
     def consume(self, token_id: int) -> bool:
         return self.matcher.consume_token(token_id)
+
+    def copy(self) -> LLGuide:
+        return LLGuide(self.matcher.deep_copy())
 
     @property
     def error(self) -> str:
@@ -202,9 +209,9 @@ def _hand_over(compiled: Future[llguidance.LLMatcher], guide: Future[Guide]) -> 
 
 @dataclass(frozen=True, slots=True)
 class GuidedRow:
-    """A row of a step that is drawn under a grammar."""
+    """A draw of a step that is under a grammar."""
 
-    row: int  # of the SamplingBatch
+    row: int  # entry of the SamplingBatch
     guide: Guide
     stop_token_ids: Rows[int]  # that end this sequence, all below the vocabulary size
     banned_ids: Rows[int]  # that a logit bias of -inf bans
@@ -259,6 +266,21 @@ class PendingMasks:
         words[lost] = ~np.uint32(0)
         finished = frozenset(self._rows[i].row for i in lost if may_end[i])
         return StepMasks(words, finished, frozenset(self._rows[i].row for i in lost) - finished)
+
+
+def guesses(guide: Guide, drafts: Rows[int]) -> list[Guide]:
+    """Where the sequence would be after each of the drafts, up to the first that the grammar does not allow: what is
+    drawn behind that one is dropped, so it needs no mask.
+
+    Copies, as a matcher that has failed cannot be rolled back; a copy takes as long as a mask.
+    """
+    out: list[Guide] = []
+    for token_id in drafts:
+        guide = guide.copy()
+        if not guide.consume(token_id):
+            break
+        out.append(guide)
+    return out
 
 
 NO_MASKS = StepMasks(np.zeros((0, 0), np.uint32), frozenset(), frozenset())

@@ -11,12 +11,16 @@ Blocks: a prompt is admitted when blocks for all its known tokens are free, and 
 more later. When those run out, the running sequence of worst rank goes back to waiting and is recomputed
 (its published blocks usually survive in the prefix index). Source: preemption by recompute as in vLLM (arXiv
 2309.06180), chunked prefill as in Sarathi-Serve (arXiv 2403.02310).
+
+Drafts (speculation.py) come last: decode rows of a plan that stands take what it leaves of tokens, draws and free
+blocks, so they keep nobody out. Their blocks go back after the step unless they were right.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -24,16 +28,21 @@ from ..backend.records import Bucket, Capabilities
 from .kv_cache import BlockPool
 from .sequence import Sequence, State
 from .shapes import Extent, Phase, ShapeTable
+from .speculation import Speculation
 
 
 @dataclass(slots=True)
 class Row:
-    """A sequence's part in a step: compute `num_tokens` from `start_tokens` on; sample if that reaches the end."""
+    """A sequence's part in a step: compute `num_tokens` from `start_tokens` on; sample if that reaches the end.
+
+    drafts: guesses to compute behind them. Only the decode rows of an engine that speculates have any.
+    """
 
     sequence: Sequence
     start_tokens: int
     num_tokens: int
     sample: bool
+    drafts: Rows[int] = ()
 
 
 @dataclass(slots=True)
@@ -45,6 +54,12 @@ class Plan:
     extent: Extent = field(default_factory=Extent)
     bucket: Bucket | None = None
     cost_tokens: int = 0
+    num_drafts: int = 0
+
+    @property
+    def counts_as(self) -> Phase:
+        """Decode rows with drafts are sent as a prefill, but take in no prompt."""
+        return "prefill" if self.extent.prompts else "decode"
 
 
 class MustDrain(Exception):
@@ -57,13 +72,20 @@ _rank = attrgetter("rank")
 class Scheduler:
     """Waiting and running sequences, slots and blocks.
 
-    `on_leave(slot)` is called when a sequence gives its slot back, so that the backend can be told.
+    `on_leave(slot)` is called when a sequence gives its slot back, so that the backend can be told. With `speculation`,
+    every step is collected before the next is planned.
     """
 
     def __init__(
-        self, capabilities: Capabilities, pool: BlockPool, num_slots: int, on_leave: Callable[[int], None]
+        self,
+        capabilities: Capabilities,
+        pool: BlockPool,
+        num_slots: int,
+        on_leave: Callable[[int], None],
+        speculation: Speculation | None = None,
     ) -> None:
         self.pool = pool
+        self._speculation = speculation
         self.shapes = ShapeTable(capabilities.shapes, capabilities.limits)
         self.mixed = capabilities.mixed
         self.preempts = capabilities.kv.kind == "paged"  # a slot's line is all a sequence ever needs
@@ -100,16 +122,32 @@ class Scheduler:
             self._leaving.append(sequence)
             self._release_if_done(sequence)
 
-    def collected(self, row: Row) -> None:
-        """A launched step with this row is done: publish what it computed, release a sequence that has ended."""
+    def collected(self, row: Row, num_right: int = 0) -> None:
+        """A launched step with this row is done: publish what it computed, release a sequence that has ended.
+
+        num_right: how many of the row's drafts were, from the first on. Their tokens are known and computed now.
+        """
         sequence = row.sequence
         sequence.steps_in_flight -= 1
+        end = row.start_tokens + row.num_tokens
+        if row.drafts:
+            end += num_right
+            sequence.num_known_tokens += num_right
+            sequence.num_computed_tokens += num_right
+            self._give_back_unused_blocks(sequence)
         # A cancelled sequence may have computed one token that it was never told.
-        num_full_blocks = min(row.start_tokens + row.num_tokens, len(sequence.token_ids)) // self.pool.block_tokens
+        num_full_blocks = min(end, len(sequence.token_ids)) // self.pool.block_tokens
         if num_full_blocks > sequence.num_published_blocks:
             self._publish(sequence, num_full_blocks)
         if sequence.state is State.FINISHED:
             self._release_if_done(sequence)
+
+    def _give_back_unused_blocks(self, sequence: Sequence) -> None:
+        """Those taken for drafts that were wrong. The backend's table names them on, but it reads none of them."""
+        needed = self.pool.blocks_for(sequence.num_known_tokens)
+        self.pool.release(sequence.block_ids[needed:])
+        del sequence.block_ids[needed:]
+        sequence.num_announced_blocks = min(sequence.num_announced_blocks, needed)
 
     def _publish(self, sequence: Sequence, num_full_blocks: int) -> None:
         """Put full, computed blocks into the prefix index."""
@@ -157,6 +195,8 @@ class Scheduler:
         else:
             plan = self._plan_decode(decoding)
             self._decode_turn = False
+        if self._speculation is not None and self.mixed:
+            self._add_drafts(plan, self._speculation)
         return self._launch(plan) if plan.rows else None
 
     def _gaps(self) -> tuple[list[Sequence], list[Sequence]]:
@@ -257,6 +297,30 @@ class Scheduler:
                 return True
             pieces //= 2  # a narrower shape may still hold a shorter chunk
         return False
+
+    def _add_drafts(self, plan: Plan, speculation: Speculation) -> None:
+        """Give the plan's decode rows drafts, as far as it leaves room for them."""
+        size, limits = self.pool.block_tokens, self.shapes.limits
+        draws = limits.max_sequences + speculation.max_drafts - sum(row.sample for row in plan.rows)
+        for row in plan.rows[: len(plan.rows) - plan.extent.prompts]:
+            sequence, end = row.sequence, row.start_tokens + row.num_tokens
+            places = (len(sequence.block_ids) + self.pool.num_free) * size - end
+            room = min(draws, limits.max_step_tokens - plan.extent.tokens, places)
+            drafts = speculation.drafts(sequence, room)
+            if not drafts:
+                continue
+            blocks = self.pool.blocks_for(end + len(drafts))
+            extent = plan.extent.plus_drafts(len(drafts), self.pool.blocks_for(end), blocks)
+            cost = self.shapes.cost("prefill", extent)
+            if cost is None:
+                continue
+            fresh = self.pool.allocate(max(0, blocks - len(sequence.block_ids)))
+            assert fresh is not None, "there were places for them"
+            sequence.block_ids += fresh
+            row.drafts = drafts
+            draws -= len(drafts)
+            plan.phase, plan.extent, plan.cost_tokens = "prefill", extent, cost
+            plan.num_drafts += len(drafts)
 
     def _launch(self, plan: Plan) -> Plan:
         """Count the plan's tokens as computed: from here on they are as of the launched step."""

@@ -35,11 +35,13 @@ class Sequence:
         "guide",
         "last_step",
         "max_new_tokens",
+        "most_drafts",
         "most_tokens",
         "num_announced_blocks",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_known_tokens",
+        "num_misled_steps",
         "num_prompt_tokens",
         "num_published_blocks",
         "prompt_logprobs",
@@ -67,6 +69,8 @@ class Sequence:
         self.guide: Guide | None = None  # where token_ids are in the grammar, if there is one
         self.adapter = NO_ADAPTER  # that its tokens are computed with
         self.samples_on_host = False  # asks for something the device's sampler lacks
+        self.most_drafts: int | None = None  # worth a try in its next step, see speculation.py; None: not tried yet
+        self.num_misled_steps = 0  # in a row, with drafts of which none was right
         self.stop_token_ids = frozenset(request.stop_token_ids)
         self.arrival_s = arrival_s
         # Everybody who waits ages at the same rate, so ageing is a constant: arriving one ageing_s earlier is

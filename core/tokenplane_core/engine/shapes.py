@@ -45,6 +45,17 @@ class Extent:
             self.total_blocks + sum(blocks),
         )
 
+    def plus_drafts(self, count: int, blocks_before: int, blocks: int) -> Extent:
+        """The extent with `count` drafts behind the one token of a decode row, whose context blocks they change."""
+        return Extent(
+            self.rows,
+            self.prompts,
+            self.tokens + count,
+            max(self.widest, 1 + count),
+            max(self.most_blocks, blocks),
+            self.total_blocks + blocks - blocks_before,
+        )
+
 
 class ShapeTable:
     """Answers `fit` and `room` from a device's ShapePolicy and Limits."""

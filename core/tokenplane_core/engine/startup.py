@@ -46,6 +46,12 @@ def start_backend(config: EngineConfig) -> Started:
             f"{config.backend} serves no LoRA adapters; leave --lora-adapters and --max-loras out, or merge one adapter"
             " into the weights (peft's merge_and_unload) and serve those"
         )
+    if config.max_drafts and not capabilities.max_drafts:
+        backend.close()
+        raise ConfigError(
+            f"--speculate is {config.max_drafts}, but backend {config.backend} verifies no drafts; leave --speculate"
+            " out"
+        )
     layout = size_cache(capabilities, config)
     backend.kv_alloc(layout)
     backend.warmup()
@@ -80,6 +86,7 @@ def _load_options(config: EngineConfig) -> LoadOptions:
         graph_rows=config.graph_rows,
         max_adapters=config.max_adapters,
         max_adapter_rank=config.max_adapter_rank,
+        max_drafts=config.max_drafts,
     )
 
 
@@ -175,4 +182,5 @@ def _info(
         prompt_logprobs=caps.prompt_logprobs,
         max_adapters=caps.adapters.max_adapters if caps.adapters else 0,
         max_adapter_rank=caps.adapters.max_rank if caps.adapters else 0,
+        max_drafts=caps.max_drafts,
     )

@@ -8,7 +8,7 @@ from time import perf_counter
 
 from ..backend.plugins import Backend, installed
 from ..backend.records import SAMPLING_FEATURES, Capabilities
-from . import adapter_laws, mask_laws, prompt_laws, sampling_laws, text_laws
+from . import adapter_laws, mask_laws, prompt_laws, sampling_laws, speculation_laws, text_laws
 from .subject import LAWS, Law, NotApplicable, Subject, law
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "mask_laws",
     "prompt_laws",
     "sampling_laws",
+    "speculation_laws",
     "text_laws",
 ]
 

@@ -5,6 +5,7 @@ The grammars here need no tokenizer: which ids they allow is a pseudo-random cho
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from typing import Any
@@ -51,6 +52,9 @@ class LotteryGuide:
             return False
         self._last = token_id
         return True
+
+    def copy(self) -> LotteryGuide:
+        return copy.copy(self)
 
 
 class LotteryGrammars:

@@ -16,6 +16,7 @@ from ..engine.engine import Engine
 from ..engine.grammar import Grammars
 from ..engine.scheduler import Plan
 from ..engine.shapes import Extent, Phase, ShapeTable
+from ..engine.speculation import Drafter
 from ..engine.startup import size_cache
 from ..messages import (
     AdapterLoaded,
@@ -68,6 +69,8 @@ class LocalEngine:
         grammars: Grammars | None = None,
         max_adapters: int = 0,
         max_adapter_rank: int = 0,
+        max_drafts: int = 0,
+        drafter: Drafter | None = None,
     ) -> None:
         self.backend = Backend(name, make_plugin())
         options = LoadOptions(
@@ -76,6 +79,7 @@ class LocalEngine:
             max_sequences=max_sequences,
             max_adapters=max_adapters,
             max_adapter_rank=max_adapter_rank,
+            max_drafts=max_drafts,
         )
         loaded = self.declared = self.backend.load(model, options)
         if async_depth is not None:
@@ -99,6 +103,7 @@ class LocalEngine:
             clock=lambda: self.now_s,
             grammars=grammars,
             answer=self._answer,
+            drafter=drafter,
         )
         self._answers: dict[int, str] = {}
         self._num_adapters = 0

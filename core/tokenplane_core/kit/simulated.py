@@ -52,7 +52,7 @@ from ..backend.records import (
     StepOutput,
 )
 from ..backend.sampling import log_softmax, sample
-from ..backend.tables import SlotTables
+from ..backend.tables import SlotTables, draws_of
 
 CANARY = -7
 """What an unwritten cache cell holds; reading one changes the text like any wrong token would."""
@@ -137,6 +137,7 @@ class Profile:
     sampling: SamplingCaps = field(default_factory=lambda: SamplingCaps(SAMPLING_FEATURES))
     prompt_logprobs: bool = True
     adapters: bool = True
+    drafts: bool = False  # verifies them: how many tokens a step draws does not depend on its shape
 
     def shapes(self, max_model_tokens: int) -> ShapePolicy:
         """The bucket list this card would have compiled."""
@@ -173,6 +174,7 @@ PROFILES = {
             async_depth=1,
             mode="soft",
             decode_rows=(1, 2, 4, 8, 16, 32, 64),
+            drafts=True,
         ),
         Profile(
             name="simulated-tpu",
@@ -275,6 +277,7 @@ class SimulatedBackend:
             adapters=AdapterLimits(options.max_adapters, options.max_adapter_rank)
             if profile.adapters and options.max_adapters
             else None,
+            max_drafts=options.max_drafts if profile.drafts else 0,
         )
 
     @hookimpl
@@ -294,7 +297,6 @@ class SimulatedBackend:
         self._check_shape("prefill", batch.slots, batch.token_ids, batch)
         self.tables.apply(batch.head)
         token_ids = self.tables.enter_prefill(batch)
-        slots, lengths = [], []
         scores: list[float] = []
         for i in range(batch.num_rows):
             slot, context, start = int(batch.slots[i]), int(batch.context_lens[i]), int(batch.row_starts[i])
@@ -302,11 +304,9 @@ class SimulatedBackend:
             self._write(slot, np.arange(context, end, dtype=np.int32), token_ids[start : start + end - context])
             if batch.next_token_ids is not None:
                 scores += self._scores(slot, context, batch.next_token_ids[start : start + end - context])
-            if batch.sample[i]:
-                slots.append(slot)
-                lengths.append(end)
         scored = None if batch.next_token_ids is None else np.array(scores, np.float32)
-        return self._finish(batch.head.step, slots, lengths, sampling, scored)
+        rows, lengths = draws_of(batch)
+        return self._finish(batch.head.step, batch.slots[rows].tolist(), lengths.tolist(), sampling, scored)
 
     @hookimpl
     def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
@@ -360,6 +360,9 @@ class SimulatedBackend:
             if token_id >= 0
         ]
 
+    def _contexts(self, slots: list[int], lengths: list[int]) -> list[int]:
+        return [context_hash(self._read(slot, n)) for slot, n in zip(slots, lengths, strict=True)]
+
     def _finish(
         self,
         step: int,
@@ -368,8 +371,8 @@ class SimulatedBackend:
         sampling: SamplingBatch,
         prompt_logprobs: F32 | None = None,
     ) -> StepHandle:
-        """Draw for the sampled rows from what their cells say."""
-        contexts = [context_hash(self._read(slot, n)) for slot, n in zip(slots, lengths, strict=True)]
+        """Draw for each of the slots from what the first `lengths` of its cells say."""
+        contexts = self._contexts(slots, lengths)
         if not sampling.features and not sampling.return_logits:
             output = StepOutput(step, np.array([c % self._vocab_size for c in contexts], np.int32))
         else:
