@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tokenplane_core.backend.records import LoadOptions
 from tokenplane_core.logs import configure as configure_log
 
 from . import __version__
-from .adapters import LEAST_RANK
+from .adapters import plan_adapters
 from .devices import devices_json, devices_table
 from .flags import BY_NAME, FLAGS
 from .launcher import describe, plan_launch
@@ -108,7 +109,17 @@ def plan(model_id: str, device: str | None, count: int, json: bool, config: Path
     Options, variables and the --config file are those of `tokenplane serve`. Exit status: 0 if it fits, 1 if it does
     not, 2 if nothing could be planned.
     """
+    progress = partial(click.echo, err=True)
     try:
+        adapters = plan_adapters(
+            values["lora_adapters"] or (),
+            (),
+            max_adapters=values["max_loras"],
+            max_rank=values["max_lora_rank"],
+            may_load_later=values["allow_runtime_lora"],
+            hub_cache=values["huggingface_hub_cache"],
+            progress=progress,
+        )
         report = make_plan(
             model_id,
             device,
@@ -124,11 +135,11 @@ def plan(model_id: str, device: str | None, count: int, json: bool, config: Path
             options=LoadOptions(
                 max_step_tokens=values["max_batch_prefill_tokens"],
                 max_sequences=values["max_batch_size"],
-                max_adapters=values["max_loras"] or 0,
-                max_adapter_rank=values["max_lora_rank"] or LEAST_RANK,
+                max_adapters=adapters.max_adapters,
+                max_adapter_rank=adapters.max_rank,
                 max_drafts=values["speculate"] or 0,
             ),
-            progress=lambda line: click.echo(line, err=True),
+            progress=progress,
         )
     except TokenplaneError as error:
         click.echo(f"tokenplane: {error}", err=True)
@@ -148,8 +159,10 @@ UNSET_IN_PLANS = {
     "max-batch-size": "the device's",
     "max-batch-total-tokens": "what fits",
     "cuda-memory-fraction": "",
-    "max-loras": "none",
-    "max-lora-rank": str(LEAST_RANK),
+    "lora-adapters": BY_NAME["lora-adapters"].unset,
+    "allow-runtime-lora": "",
+    "max-loras": BY_NAME["max-loras"].unset,
+    "max-lora-rank": BY_NAME["max-lora-rank"].unset,
     "speculate": "",
 }
 """The options of `serve` that a plan depends on, with what holds without them."""

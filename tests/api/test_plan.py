@@ -22,6 +22,8 @@ from tokenplane_api.accelerators import ACCELERATORS, imagined_device
 from tokenplane_api.cli import app
 from tokenplane_core.backend.errors import ConfigError
 from tokenplane_core.backend.records import Offer
+from tokenplane_core.kit.adapters import write_adapter
+from tokenplane_core.model import describe_model
 from tokenplane_core.weight_files import INDEX
 from tokenplane_cpu.device import detect as detect_cpu
 from tokenplane_torch.device import gpu_offer
@@ -120,6 +122,19 @@ def test_room_for_adapters_is_part_of_it(llama_70b: Path) -> None:
     widths = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)
     assert row["estimated_bytes"] == 4 * 16 * 80 * widths * 2
     assert without["cache_capacity_tokens"] > report["cache_capacity_tokens"]
+
+
+def test_adapters_that_are_named_need_no_other_flag(tmp_path: Path) -> None:
+    model = make_text_model(tmp_path / "model")
+    named = write_adapter(tmp_path / "red", describe_model(model), seed=1)
+    (model / INDEX).write_text(json.dumps({"metadata": {"total_size": 1 << 20}, "weight_map": {}}))
+    small = (model, "--device", "1GiB")
+    _, by_count = run_json(*small, "--max-loras", 1)
+    _, by_name = run_json(*small, "--lora-adapters", f"red={named}")
+    assert by_name["rows"] == by_count["rows"] != run_json(*small)[1]["rows"]
+    _, later = run_json(*small, "--lora-adapters", f"red={named}", "--allow-runtime-lora")
+    assert later["cache_capacity_tokens"] < by_name["cache_capacity_tokens"]
+    assert run(*small, "--lora-adapters", "red=./nowhere").exit_code == 2
 
 
 def test_a_dtype_the_device_does_not_know_is_said(llama_70b: Path) -> None:
