@@ -1,6 +1,7 @@
 """What this machine can do: how fast it reads memory, and its largest matrix product.
 
-Measured just before the servers, on the same processors; the best of several tries, since others can only slow it.
+Measured before each round that is held against it, on the same processors; the best of several tries, since others can
+only slow it.
 
     python -m benchmarks.peers.ceiling
 """

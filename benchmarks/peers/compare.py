@@ -42,7 +42,7 @@ def main() -> None:
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped too
     args.out.mkdir(parents=True, exist_ok=True)
-    results = report.Results(ceiling=ceiling())
+    results = report.Results(ceilings=[ceiling()])
     try:
         for model in ["tiny"] if args.quick else args.models:
             compare(model, args, results)
@@ -80,6 +80,8 @@ def compare(model: str, args: argparse.Namespace, results: report.Results) -> No
         for case in (case for case in CASES[model] if case.name in args.cases):
             for round_number in range(args.rounds):
                 turn = round_number % max(1, len(up))
+                if case.concurrency == 1:  # the only case that is held against it
+                    results.ceilings.append(ceiling())
                 for server in [*list(up)[turn:], *list(up)[:turn]]:
                     sample(model, folder, case, server, up[server], round_number, results)
 
@@ -102,7 +104,7 @@ def sample(
     except (RuntimeError, OSError) as error:
         print(f"{model}, {case.name} c={case.concurrency}, {server.name}: {error}", file=sys.stderr)
         return
-    weights_s = weights_time_s(folder, server, results.ceiling)
+    weights_s = weights_time_s(folder, server, results.ceilings[-1])
     taken = report.Sample(model, case, server, measured, weights_s / (measured.token_ms / 1000), watch.foreign_share())
     results.samples.append(taken)
     results.resident_bytes[model, server.name] = resident_bytes(running.process.pid)

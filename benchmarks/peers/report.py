@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 from .ceiling import Ceiling
@@ -31,7 +31,9 @@ class Sample:
 
 @dataclass
 class Results:
-    ceiling: Ceiling
+    """`ceilings`: measured anew before each round that needs it. What is read in a second depends on the neighbours."""
+
+    ceilings: list[Ceiling]
     samples: list[Sample] = field(default_factory=list)
     ready_s: dict[tuple[str, str], float] = field(default_factory=dict)  # by model and server
     resident_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -87,7 +89,7 @@ def table_lines(results: Results) -> Iterator[str]:
 
 def tables(results: Results) -> str:
     """Two tables in Markdown: speed, then start and memory; between them the machine's ceilings."""
-    limit = results.ceiling
+    limit = Ceiling(*map(statistics.median, zip(*map(astuple, results.ceilings), strict=True)))
     start = [
         f"| {model} | {name} | {ready_s:.1f} | {results.resident_bytes.get((model, name), 0) / 1e6:,.0f} |"
         for (model, name), ready_s in results.ready_s.items()
@@ -143,7 +145,7 @@ def write_json(results: Results, path: Path) -> None:
     document = {
         "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": platform.processor() or platform.machine(),
-        "ceiling": asdict(results.ceiling),
+        "ceilings": [asdict(limit) for limit in results.ceilings],
         "samples": samples,
         "servers": servers,
     }
