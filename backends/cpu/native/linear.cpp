@@ -10,15 +10,10 @@
 namespace tp {
 namespace {
 
-// Items of work: enough for a thread that falls behind to leave its share to others, and not so small that taking one
-// is felt.
-constexpr int kItemsPerThread = 4;
-constexpr size_t kItemBytes = 64 << 10;
+constexpr size_t kItemBytes = 32 << 10;  // of weights, at least: taking an item should not be felt
 
-int blocks_per_item(const LinearWeight& weight, int blocks, int threads) {
-  const int share = std::max(1, blocks / (threads * kItemsPerThread));
-  const int enough = int((kItemBytes + block_bytes(weight) - 1) / block_bytes(weight));
-  return std::max(share, std::min(enough, std::max(1, (blocks + threads - 1) / threads)));
+int blocks_per_item(const LinearWeight& weight) {
+  return int((kItemBytes + block_bytes(weight) - 1) / block_bytes(weight));
 }
 
 }  // namespace
@@ -38,7 +33,7 @@ void linear(Team& team, const LinearWeight& weight, const void* input, int64_t i
                [&](int group) { kernel.pack_group(weight, from, group, workspace); });
     from = {workspace, padded_inputs(weight), rows, true};
   }
-  const int blocks = column_blocks(weight), step = blocks_per_item(weight, blocks, team.threads);
+  const int blocks = column_blocks(weight), step = blocks_per_item(weight);
   team.share((blocks + step - 1) / step, [&](int item) {
     kernel.columns(weight, from, item * step, std::min(blocks, (item + 1) * step), out);
   });

@@ -31,16 +31,20 @@ class Team {
     }
     if (items <= 0) return;
     ++operation_;
-    for (int item = take(items); item >= 0; item = take(items)) {
-      body(item);
-      did_one(items);
+    for (Items some = take(items); some.first < some.last; some = take(items)) {
+      for (int item = some.first; item < some.last; ++item) body(item);
+      did(some.last - some.first, items);
     }
     wait_for_others();
   }
 
  private:
-  int take(int items);  // -1: there is none left
-  void did_one(int items);
+  struct Items {
+    int first, last;
+  };
+
+  Items take(int items);  // none if there are none left
+  void did(int count, int items);
   void wait_for_others();
 
   Pool& pool_;

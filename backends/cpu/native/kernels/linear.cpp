@@ -2,6 +2,7 @@
 
 #include "kernels/linear_block.h"
 #include "kernels/linear_epilogue.h"
+#include "kernels/linear_rows.h"
 #include "kernels/linear_tiles.h"
 
 namespace tp {
@@ -171,36 +172,6 @@ bool wants_packed(const tp_linear_weight& w, int rows) {
 
 size_t packed_bytes(const tp_linear_weight& w, int rows) {
   return size_t(round_up(rows, kGroupRows)) * padded_inputs(w) * input_bytes(w);
-}
-
-// For tiles: rows as they are, padded.
-void pad(uint16_t* to, const uint16_t* from, int64_t stride, int rows, int inputs, int padded) {
-  for (int row = 0; row < rows; ++row, to += padded, from += stride) {
-    memcpy(to, from, size_t(inputs) * 2);
-    memset(to + inputs, 0, size_t(padded - inputs) * 2);
-  }
-}
-
-// to[pair][row]: the pairs [first, last) of a group's rows, zeros behind their end. Pairs of f32 are 8 bytes, of bf16 4.
-template <class Pair, class Element>
-void interleave(Pair* to, const Element* from, int64_t stride, int rows, int inputs, int first, int last) {
-  for (int row = 0; row < kGroupRows; ++row) {
-    const Element* at = from + row * stride;
-    const int whole = row < rows ? larger(first, smaller(inputs / 2, last)) : first;
-    for (int pair = first; pair < whole; ++pair) memcpy(to + pair * kGroupRows + row, at + 2 * pair, sizeof(Pair));
-    for (int pair = whole; pair < last; ++pair) {
-      Element end[2] = {};
-      if (row < rows && 2 * pair < inputs) end[0] = at[2 * pair];
-      memcpy(to + pair * kGroupRows + row, end, sizeof(Pair));
-    }
-  }
-}
-
-// All pairs, some at a time: all of them would leave the first cache before the next row is written between them.
-template <class Pair, class Element>
-void interleave_all(Pair* to, const Element* from, int64_t stride, int rows, int inputs, int padded) {
-  for (int pair = 0; pair < padded / 2; pair += kInputPadding / 2)
-    interleave(to, from, stride, rows, inputs, pair, pair + kInputPadding / 2);
 }
 
 void pack_group(const tp_linear_weight& w, const LinearInput& from, int group, void* to) {

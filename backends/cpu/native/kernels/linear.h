@@ -68,7 +68,7 @@ struct LinearKernels {
   // Whether that many rows must be packed before `columns`.
   bool (*wants_packed)(const tp_linear_weight& weight, int rows);
   size_t (*packed_bytes)(const tp_linear_weight& weight, int rows);
-  // Packs one group of rows, padding with zeros. to: where the first group begins.
+  // Packs one group of rows; their ends are padded with zeros. to: where the first group begins.
   void (*pack_group)(const tp_linear_weight& weight, const LinearInput& from, int group, void* to);
   int group_rows;
   // All rows of the column blocks [first, last), with the epilogue.
