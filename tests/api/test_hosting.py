@@ -37,7 +37,8 @@ def test_invocations_are_the_route_that_the_body_is_for(client: httpx.Client, bo
 def test_invocations_stream(client: httpx.Client, body: Any) -> None:
     answer = client.post("/invocations", json={**body, "stream": True})
     assert answer.headers["content-type"] == "text/event-stream"
-    assert answer.text.count("data: {") >= 2
+    fewest = 1 if body is COMPLETION else 2  # tokens that come late come in one event
+    assert answer.text.count("data: {") >= fewest
     assert ("[DONE]" in answer.text) == ("inputs" not in body)
 
 

@@ -25,7 +25,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tokenplane_core.backend.hookspecs import hookimpl
 from tokenplane_core.backend.records import Capabilities, DetectReport, Device, LoadOptions, ModelSpec
@@ -34,6 +33,7 @@ from tokenplane_gaudi.bridge import Bridge
 from tokenplane_gaudi.card import GaudiCard
 from tokenplane_gaudi.plugin import GaudiBackend
 from tokenplane_torch.device import TorchDevice
+from tokenplane_torch.testing.graphs import tensors_in
 
 GIB = 1 << 30
 CARD = Device("gaudi", 0, "Intel Gaudi 2", "gaudi2", 96 * GIB, ("bfloat16", "float32"), 100, uuid="3")
@@ -57,7 +57,7 @@ class Operation:
     results: list[Tensor]
 
     def replay(self) -> None:
-        fresh = tree_leaves(self.run(*self.args, **self.kwargs))
+        fresh = tensors_in(self.run(*self.args, **self.kwargs))
         for old, new in zip(self.results, fresh, strict=True):
             if _memory(old) != _memory(new):
                 old.copy_(new)
@@ -75,7 +75,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors_in([*args, *kwargs.values()])
         by_mask = name in ("index", "index_put", "index_put_") and any(t.dtype == torch.bool for t in given[1:3])
         if name in WAITING or by_mask:
             raise Refused(f"{name} is not supported during HPU Graph capturing")
@@ -84,7 +84,7 @@ class Tape(TorchDispatchMode):
             if written and id(value) in self._views:
                 raise Refused(f"{name} updates a view in place, which HPU graphs do not capture")
         out = func(*args, **kwargs)
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        results = tensors_in(out)
         sources = {_memory(tensor) for tensor in given}
         for result in results:
             if result.dtype == torch.float64:
@@ -148,9 +148,10 @@ class Recipes(TorchDispatchMode):
             self._paused -= 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors_in([*args, *kwargs.values()])
         nothing_to_do = name == "to" and out is given[0]
         if not self._paused and name not in ON_THE_HOST and not nothing_to_do:
             self.piece.append(f"{name} {[(tuple(t.shape), t.dtype) for t in given]}")
@@ -349,9 +350,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, va
 
 
 class StandInCard(GaudiCard):
-    """With fewer sequences, so that tests capture fewer shapes."""
+    """With smaller steps, so that tests capture fewer and narrower shapes: a tape costs what its shape asks for."""
 
     default_sequences = 16
+    default_step_tokens = 512
 
 
 class StandInBackend(GaudiBackend):

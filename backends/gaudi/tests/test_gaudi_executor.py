@@ -27,8 +27,9 @@ def bridge(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Bridge:
 
 
 def serve(model: ModelSpec, runtime: Runtime) -> tuple[LocalEngine, Subject]:
+    """With every kind of bucket that a card has for such a model: several rows of several blocks among them."""
     subject = Subject("gaudi", lambda: StandInBackend(runtime), model)
-    return subject.engine(), subject
+    return subject.engine(max_step_tokens=2048), subject
 
 
 def test_the_flat_list_names_every_block_up_to_the_new_token() -> None:

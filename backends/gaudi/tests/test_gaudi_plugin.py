@@ -89,7 +89,7 @@ def test_soft_caps_sinks_windows_and_latent_attention_equal_transformers(family:
     model = replace(describe_model(folder, dtype="float32"), max_model_tokens=256)
     rng = random.Random(family)
     prompts = [[rng.randrange(3, 320) for _ in range(length)] for length in (1, 9, 40, 127, 128, 140)]
-    engine = Subject("gaudi", StandInBackend, model).engine(max_sequences=4)
+    engine = Subject("gaudi", StandInBackend, model).engine(max_sequences=4, max_step_tokens=1024)
     expected = [reference_greedy(folder, prompt, 5) for prompt in prompts]
     assert engine.generate(prompts, 5) == expected
     assert engine.generate(prompts, 5) == expected

@@ -42,8 +42,8 @@ class PaddedDevice(PlainDevice):
     apart.
     """
 
-    default_step_tokens = 256
-    default_sequences = 16
+    default_step_tokens = 128  # a step is computed to its full width in every row, whatever is in it
+    default_sequences = 10  # as many as the laws' batches need, and no power of two
     async_depth = 1
 
     def __init__(self, kind: Literal["packed", "rectangle"]) -> None:
