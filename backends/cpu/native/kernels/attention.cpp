@@ -1,3 +1,5 @@
+// Attending: span after span scores, weights and sums of values; their products are those of attention_tiles.h or
+// attention_vectors.h.
 #include "kernels/attention.h"
 
 #include <math.h>
@@ -5,88 +7,12 @@
 
 #include "kernels/activation.h"
 #include "kernels/attention_tiles.h"
+#include "kernels/attention_vectors.h"
+#include "kernels/attention_write.h"
 #include "kernels/simd.h"
 
 namespace tp {
 namespace {
-
-// --- Elements -------------------------------------------------------------------------------------------------------
-
-inline float element(const tp_token_rows& rows, int64_t at) {
-  if (rows.type == TP_F32) return static_cast<const float*>(rows.data)[at];
-  return from_bf16(static_cast<const uint16_t*>(rows.data)[at]);
-}
-
-// bf16 of one head's elements, `count` of them and a zero where count is odd.
-void round_head(uint16_t* out, const tp_token_rows& rows, int64_t at, int count) {
-  if (rows.type == TP_BF16) {
-    memcpy(out, static_cast<const uint16_t*>(rows.data) + at, size_t(count) * 2);
-  } else {
-    const float* from = static_cast<const float*>(rows.data) + at;
-    for (int i = 0; i < count; i += kLanes) store_some(out + i, load_some(from + i, count - i), count - i);
-  }
-  if (count % 2) out[count] = 0;
-}
-
-// --- Writing --------------------------------------------------------------------------------------------------------
-
-// Where a token's elements lie in a head of a block: element d of token t.
-inline size_t key_place(const tp_attention& l, int t, int d) {
-  const size_t group = size_t(t / kGroupTokens) * key_steps(l) * kGroupTokens;
-  if (l.type == TP_F32) return group + size_t(d) * kGroupTokens + t % kGroupTokens;
-  return (group + size_t(d / 2) * kGroupTokens + t % kGroupTokens) * 2 + d % 2;
-}
-
-inline size_t value_place(const tp_attention& l, int t, int d) {
-  if (l.type == TP_F32) return size_t(t) * padded_value_dim(l) + d;
-  return (size_t(t / 2) * padded_value_dim(l) + d) * 2 + t % 2;
-}
-
-// Of a value in [-127, 127]; 0 of a NaN.
-inline int8_t to_int8(float value) { return value == value ? int8_t(nearbyintf(value)) : int8_t(0); }
-
-// Writes `count` elements of a head. place(d): where element d goes; scales: of the block's tokens, int8 only.
-template <class Place>
-void write_head(const tp_attention& l, uint8_t* head, size_t scales_at, int token, const tp_token_rows& from,
-                int64_t at, int count, Place&& place) {
-  if (l.type == TP_F32) {
-    float* out = reinterpret_cast<float*>(head);
-    for (int d = 0; d < count; ++d) out[place(d)] = element(from, at + d);
-  } else if (l.type == TP_BF16) {
-    uint16_t* out = reinterpret_cast<uint16_t*>(head);
-    for (int d = 0; d < count; d += kLanes) {
-      const int some = count - d < kLanes ? count - d : kLanes;
-      uint16_t values[kLanes];
-      round_head(values, from, at + d, some);
-      for (int i = 0; i < some; ++i) out[place(d + i)] = values[i];
-    }
-  } else {
-    float most = 0;
-    for (int d = 0; d < count; ++d) most = fmaxf(most, fabsf(element(from, at + d)));
-    // Of what is tiny 127 / most would be inf. An inf makes the scale one, and so the whole head shows it.
-    const float scale = most / 127.0f, inverse = most > 1e-36f ? 127.0f / most : 0.0f;
-    int8_t* out = reinterpret_cast<int8_t*>(head);
-    for (int d = 0; d < count; ++d) out[place(d)] = to_int8(element(from, at + d) * inverse);
-    memcpy(head + scales_at + token * sizeof(float), &scale, sizeof scale);
-  }
-}
-
-void write(const tp_attention& l, int64_t index, const tp_token_rows& keys, const tp_token_rows& values, int token) {
-  const int64_t block = index / kBlockTokens;
-  const int t = int(index % kBlockTokens), odd = l.type == TP_F32 ? 0 : l.key_dim % 2;
-  for (int h = 0; h < l.kv_heads; ++h) {
-    uint8_t* key = static_cast<uint8_t*>(l.keys) + (block * l.kv_heads + h) * key_head_bytes(l);
-    uint8_t* value = static_cast<uint8_t*>(l.values) + (block * l.kv_heads + h) * value_head_bytes(l);
-    write_head(l, key, key_head_bytes(l) - kBlockTokens * sizeof(float), t, keys,
-               token * keys.stride + int64_t(h) * l.key_dim, l.key_dim, [&](int d) { return key_place(l, t, d); });
-    if (odd) memset(key + key_place(l, t, l.key_dim) * (l.type == TP_BF16 ? 2 : 1), 0, l.type == TP_BF16 ? 2 : 1);
-    write_head(l, value, value_head_bytes(l) - kBlockTokens * sizeof(float), t, values,
-               token * values.stride + int64_t(h) * l.value_dim, l.value_dim,
-               [&](int d) { return value_place(l, t, d); });
-  }
-}
-
-// --- Attending ------------------------------------------------------------------------------------------------------
 
 // What one call of `attend` works in. Query r is head r % heads of the group, of token r / heads.
 struct Scratch {
@@ -96,6 +22,7 @@ struct Scratch {
   uint8_t* weights;  // [queries][kSpanKeys] f32, or bf16
   float* sums;       // [queries][state] as states
   uint8_t* unpacked; // int8: keys and values of a span in bf16
+  uint8_t* odd_values;  // bf16: values of one block, for TileProducts
 
   static size_t bytes(const tp_attention& l, int queries) {
     Scratch s;
@@ -115,6 +42,7 @@ struct Scratch {
     weights = take(size_t(count) * kSpanKeys * 4);
     sums = reinterpret_cast<float*>(take(size_t(count) * state * 4));
     unpacked = l.type == TP_INT8 ? take((size_t(steps) * 4 + columns * 2) * kSpanKeys) : nullptr;
+    odd_values = l.type == TP_BF16 ? take(size_t(columns) * kBlockTokens * 2) : nullptr;
     return used;
   }
 };
@@ -262,25 +190,26 @@ inline void visible(const AttentionTask& t, int number, int position, int* begin
   *begin = *begin < 0 ? 0 : *begin;
 }
 
-template <class Format>
-void attend_spans(const AttentionTask& t, int first, int last, float* states, Scratch& s) {
+template <class Products>
+void attend_spans(const AttentionTask& t, int first, int last, float* states, Scratch& s, Products& products) {
+  constexpr int kWeightBytes = Products::kWeightBytes;
   const tp_attention& l = *t.layer;
   const int heads = group_heads(l);
   for (int number = first; number < last; ++number) {
     const Span span = find_span(t, number, s);
     const int first_block = span.first_block(), first_key = first_block * kBlockTokens;
-    score<Format>(s.query, s.queries, s.steps, span.keys + 2 * first_block, span.next_keys + 2 * first_block,
-                  2 * (span.last_block() - first_block), s.scores + first_key, kSpanKeys);
+    products.score(s.query, s.queries, s.steps, span.keys + 2 * first_block, span.next_keys + 2 * first_block,
+                   2 * (span.last_block() - first_block), s.scores + first_key, kSpanKeys);
     for (int r = 0; r < s.queries; ++r) {
       float* sums = s.sums + size_t(r) * s.state + s.columns;
-      uint8_t* weights = s.weights + size_t(r) * kSpanKeys * Format::kWeightBytes;
+      uint8_t* weights = s.weights + size_t(r) * kSpanKeys * kWeightBytes;
       int begin, end;
       visible(t, number, t.first_position + r / heads, &begin, &end);
       if (begin < end) weigh(l, span, begin, end, s.scores + size_t(r) * kSpanKeys, weights, sums, sums + 1);
-      else memset(weights, 0, kSpanKeys * Format::kWeightBytes), sums[0] = -INFINITY;
+      else memset(weights, 0, kSpanKeys * kWeightBytes), sums[0] = -INFINITY;
     }
-    multiply_values<Format>(s.weights + size_t(first_key) * Format::kWeightBytes, s.queries, span.values + first_block,
-                            span.next_values + first_block, span.end - first_key, s.columns, s.sums, s.state);
+    products.multiply_values(s.weights + size_t(first_key) * kWeightBytes, s.queries, span.values + first_block,
+                             span.next_values + first_block, span.end - first_key, s.columns, s.sums, s.state);
     for (int r = 0; r < s.queries; ++r)
       fold_one(states + size_t(r) * s.state, s.sums + size_t(r) * s.state, s.columns);
   }
@@ -290,8 +219,16 @@ void attend(const AttentionTask& t, int first, int last, float* states, void* me
   Scratch s;
   s.place(*t.layer, t.tokens * group_heads(*t.layer), static_cast<uint8_t*>(memory));
   load_queries(t, s);
-  if (t.layer->type == TP_F32) attend_spans<F32Keys>(t, first, last, states, s);
-  else attend_spans<Bf16Keys>(t, first, last, states, s);
+  if (t.layer->type == TP_F32) {
+    VectorProducts<F32Keys> products;
+    return attend_spans(t, first, last, states, s, products);
+  }
+#if TP_TILES
+  TileProducts products(s.queries, s.steps, s.odd_values);
+#else
+  VectorProducts<Bf16Keys> products;
+#endif
+  attend_spans(t, first, last, states, s, products);
 }
 
 template <class Body>

@@ -1,7 +1,7 @@
 // The paged cache's layout, and the kernels that write it and attend to it.
 //
 // A block holds TP_KV_BLOCK_TOKENS tokens; each of its heads is contiguous, first the values, then (int8) their scales.
-// Tokens are arranged so that scores need no sums across lanes, and so that AMX could read them as they lie:
+// Tokens are arranged so that scores need no sums across lanes, and so that AMX reads them as they lie:
 //   keys    f32 [group of 16 tokens][dim][token]       bf16, int8 [group of 16 tokens][pair of dims][token][2]
 //   values  f32 [token][padded dim]                    bf16, int8 [pair of tokens][padded dim][2]
 // Dimensions of keys are padded with zeros to pairs, those of values with anything to a multiple of 16. int8 has a

@@ -1,181 +1,187 @@
-// The two matrix products of attention: queries with keys, and weights with values.
+// The two matrix products of attention with AMX tiles, for caches of bf16 or what was unpacked to it, and whatever the
+// number of queries: what a query gets is the same beside any others.
 //
-// Each result is one chain of multiply-adds over ascending steps, whatever tile computes it. A step is 64 bytes
-// for 16 keys (or 16 columns of values): one element of each in f32, a pair of them in bf16. While a tile reads, it
-// fetches what lies at the same place of `next`: blocks are scattered, and the processor cannot guess where they go on.
+// Each result is one chain of tile multiplications over ascending chunks of 16 pairs (of dims, or of keys); only the
+// last may be shorter. In a chunk the processor sums first and second elements of pairs apart and adds both to what
+// was there. So no pair may be multiplied by itself afterwards: other bits would come out than among its chunk.
 #pragma once
 
 #include "kernels/attention.h"
+#include "kernels/attention_vectors.h"
 #include "kernels/linear_dot.h"
-#include "kernels/simd.h"
+#include "kernels/tiles.h"
+
+#if TP_TILES
 
 namespace tp {
 namespace {
 
-struct F32Keys {
-  using Scalar = float;
-  using Vector = F32x16;
-  static constexpr int kWeightBytes = 4;
-  static constexpr int kKeysPerStep = 1;
-  static void add(F32x16& sum, F32x16 vector, float scalar) { sum += vector * scalar; }
-  static F32x16 without_second(F32x16 vector) { return vector; }
+constexpr int kMostTileRows = 16;  // queries
+constexpr int kChunkPairs = 16;
+constexpr int kMostSums = 4;
+static_assert(kChunkPairs * 2 == kBlockTokens, "a chunk of values is a block");
+
+// Tiles 0 to 3 hold sums, of 16 keys or columns each. The others hold operands: of whole chunks, of a shorter last one.
+enum { kLeft = 4, kShortLeft = 5, kRight = 6, kShortRight = 7 };
+
+// What is on the right. at(chunk, column): the tile of that chunk of pairs and of those 16 keys or columns of values,
+// its rows `stride` bytes apart.
+
+struct KeyTiles {
+  const uint8_t* const* groups;
+  int64_t stride() const { return 64; }
+  const uint8_t* at(int chunk, int column) const { return groups[column] + chunk * (kChunkPairs * 64); }
 };
 
-struct Bf16Keys {
-  using Scalar = uint32_t;
-  using Vector = U16x32;
-  static constexpr int kWeightBytes = 2;
-  static constexpr int kKeysPerStep = 2;
-  static void add(F32x16& sum, U16x32 vector, uint32_t scalar) { add_products(sum, vector, scalar); }
-  static U16x32 without_second(U16x32 vector) { return bits<U16x32>(bits<U32x16>(vector) & 0xffffu); }
-};
-
-// What fits into the registers: rows of a tile, and groups of 16 keys or columns beside that many rows. Few rows take
-// many groups at once: a chain alone would wait for itself.
-#if defined(__AVX512F__)
-constexpr int kTileRows = 8;
-constexpr int tile_groups(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
-#else
-constexpr int kTileRows = 2;
-constexpr int tile_groups(int) { return 2; }
-#endif
-
-inline void fetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
-
-// --- Queries and keys -----------------------------------------------------------------------------------------------
-
-template <class Format, int kRows, int kGroups>
-inline void score_tile(const typename Format::Scalar* query, int steps, const uint8_t* const* keys,
-                       const uint8_t* const* next, float* out, int out_stride) {
-  F32x16 sums[kRows][kGroups] = {};
-  for (int step = 0; step < steps; ++step) {
-    typename Format::Vector vectors[kGroups];
-    for (int g = 0; g < kGroups; ++g) {
-      vectors[g] = load_vector<typename Format::Vector>(keys[g] + size_t(step) * 64);
-      fetch(next[g] + size_t(step) * 64);
-    }
-    for (int r = 0; r < kRows; ++r)
-      for (int g = 0; g < kGroups; ++g) Format::add(sums[r][g], vectors[g], query[size_t(r) * steps + step]);
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int g = 0; g < kGroups; ++g) store(out + size_t(r) * out_stride + g * kLanes, sums[r][g]);
-}
-
-template <class Format, int kRows>
-inline void score_rows(const typename Format::Scalar* query, int steps, const uint8_t* const* keys,
-                       const uint8_t* const* next, int groups, float* out, int out_stride) {
-  constexpr int kGroups = tile_groups(kRows);
-  int g = 0;
-  for (; g + kGroups <= groups; g += kGroups)
-    score_tile<Format, kRows, kGroups>(query, steps, keys + g, next + g, out + g * kLanes, out_stride);
-  for (; g < groups; g += 2)
-    score_tile<Format, kRows, 2>(query, steps, keys + g, next + g, out + g * kLanes, out_stride);
-}
-
-// --- Weights and values ---------------------------------------------------------------------------------------------
-
-template <class Format, int kRows, int kColumns>
-inline void value_tile(const uint8_t* weights, size_t weight_stride, const uint8_t* const* blocks,
-                       const uint8_t* const* next, int keys, int columns, int first_column, float* out,
-                       int out_stride) {
-  constexpr int kPerStep = Format::kKeysPerStep, kSteps = kBlockTokens / kPerStep;
-  F32x16 sums[kRows][kColumns] = {};
-  const auto add_step = [&](int step, bool half) {
-    const size_t place = (size_t(step % kSteps) * columns + first_column) * 4;
-    const uint8_t *at = blocks[step / kSteps] + place, *after = next[step / kSteps] + place;
-    typename Format::Vector vectors[kColumns];
-    for (int c = 0; c < kColumns; ++c) {
-      vectors[c] = load_vector<typename Format::Vector>(at + c * 64);
-      fetch(after + c * 64);
-      if (half) vectors[c] = Format::without_second(vectors[c]);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const auto weight = load_vector<typename Format::Scalar>(weights + r * weight_stride + size_t(step) * 4);
-      for (int c = 0; c < kColumns; ++c) Format::add(sums[r][c], vectors[c], weight);
-    }
-  };
-  const int steps = keys / kPerStep;
-  for (int step = 0; step < steps; ++step) add_step(step, false);
-  // The last pair's second key may be one that nobody wrote: its weight is 0, but its value may be a NaN.
-  if (keys % kPerStep) add_step(steps, true);
-  for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < kColumns; ++c) store(out + size_t(r) * out_stride + first_column + c * kLanes, sums[r][c]);
-}
-
-template <class Format, int kRows>
-inline void value_rows(const uint8_t* weights, size_t weight_stride, const uint8_t* const* blocks,
-                       const uint8_t* const* next, int keys, int columns, float* out, int out_stride) {
-  constexpr int kColumns = tile_groups(kRows) < 4 ? 2 : 4;
-  int c = 0;
-  for (; c + kColumns * kLanes <= columns; c += kColumns * kLanes)
-    value_tile<Format, kRows, kColumns>(weights, weight_stride, blocks, next, keys, columns, c, out, out_stride);
-  for (; c < columns; c += kLanes)
-    value_tile<Format, kRows, 1>(weights, weight_stride, blocks, next, keys, columns, c, out, out_stride);
-}
-
-// --- All rows -------------------------------------------------------------------------------------------------------
-
-// Calls body.template rows<n>(first) for tiles of at most kTileRows rows.
-template <int kRows, class Body>
-inline void tiles_of(int first, int rows, Body& body) {
-  if (rows - first == kRows) return body.template rows<kRows>(first);
-  if constexpr (kRows > 1) tiles_of<kRows - 1>(first, rows, body);
-}
-
-template <class Body>
-inline void each_tile(int rows, Body&& body) {
-  int first = 0;
-  for (; first + kTileRows <= rows; first += kTileRows) body.template rows<kTileRows>(first);
-  if (first < rows) tiles_of<kTileRows - 1>(first, rows, body);
-}
-
-template <class Format>
-struct Scores {
-  const uint8_t* query;
-  int steps;
-  const uint8_t* const* keys;
-  const uint8_t* const* next;
-  int groups;
-  float* out;
-  int out_stride;
-
-  template <int kRows>
-  void rows(int first) {
-    score_rows<Format, kRows>(reinterpret_cast<const typename Format::Scalar*>(query) + size_t(first) * steps, steps,
-                              keys, next, groups, out + size_t(first) * out_stride, out_stride);
-  }
-};
-
-// out [queries][out_stride] = query [queries][steps] x keys, 16 for each of `groups`.
-template <class Format>
-void score(const uint8_t* query, int queries, int steps, const uint8_t* const* keys, const uint8_t* const* next,
-           int groups, float* out, int out_stride) {
-  each_tile(queries, Scores<Format>{query, steps, keys, next, groups, out, out_stride});
-}
-
-template <class Format>
-struct Values {
-  const uint8_t* weights;
+struct ValueTiles {
   const uint8_t* const* blocks;
-  const uint8_t* const* next;
-  int keys, columns;
-  float* out;
-  int out_stride;
-
-  template <int kRows>
-  void rows(int first) {
-    constexpr size_t kStride = size_t(kSpanKeys) * Format::kWeightBytes;
-    value_rows<Format, kRows>(weights + first * kStride, kStride, blocks, next, keys, columns,
-                              out + size_t(first) * out_stride, out_stride);
-  }
+  int columns;
+  int64_t stride() const { return int64_t(columns) * 4; }
+  const uint8_t* at(int chunk, int column) const { return blocks[chunk] + column * 64; }
 };
 
-// out [queries][out_stride] = weights [queries][kSpanKeys], of which `keys` count, x values of `blocks`.
-template <class Format>
-void multiply_values(const uint8_t* weights, int queries, const uint8_t* const* blocks, const uint8_t* const* next,
-                     int keys, int columns, float* out, int out_stride) {
-  each_tile(queries, Values<Format>{weights, blocks, next, keys, columns, out, out_stride});
+// --- Products -------------------------------------------------------------------------------------------------------
+
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
+// Calls body(Number<n>()) for 0 <= n < kCount: a tile's number is part of its instructions.
+template <int kCount, class Body>
+inline void each_sum(const Body& body) {
+  if constexpr (kCount > 0) {
+    each_sum<kCount - 1>(body);
+    body(Number<kCount - 1>());
+  }
 }
+
+template <int kLeftTile, int kRightTile, int kSums, class Right>
+inline void add_chunk(const uint8_t* left, int64_t left_stride, const Right& right, const Right& next, int chunk,
+                      int first_column, int pairs, bool ahead) {
+  tile_load<kLeftTile>(left + chunk * (kChunkPairs * 4), left_stride);
+  each_sum<kSums>([&](auto sum) {
+    const uint8_t *at = right.at(chunk, first_column + sum.value), *after = next.at(chunk, first_column + sum.value);
+    if (ahead && after != at)
+      for (int pair = 0; pair < pairs; ++pair) fetch(after + pair * right.stride());
+    tile_load<kRightTile>(at, right.stride());
+    tile_multiply<sum.value, kLeftTile, kRightTile>();
+  });
+}
+
+// out [rows of a tile][kSums * 16] = left [rows][pairs] x right's columns of tiles from the first on.
+template <int kSums, class Right>
+void multiply_columns(const uint8_t* left, int64_t left_stride, const Right& right, const Right& next,
+                      int first_column, int pairs, bool ahead, float* out, int64_t out_stride) {
+  each_sum<kSums>([](auto sum) { tile_zero<sum.value>(); });
+  const int whole = pairs / kChunkPairs, rest = pairs % kChunkPairs;
+  for (int chunk = 0; chunk < whole; ++chunk)
+    add_chunk<kLeft, kRight, kSums>(left, left_stride, right, next, chunk, first_column, kChunkPairs, ahead);
+  if (rest) add_chunk<kShortLeft, kShortRight, kSums>(left, left_stride, right, next, whole, first_column, rest, ahead);
+  each_sum<kSums>([&](auto sum) {
+    tile_store<sum.value>(out + (first_column + sum.value) * kLanes, out_stride * int64_t(sizeof(float)));
+  });
+}
+
+// All queries, 16 at a time. The last 16 reach back where less are left: some results come out twice, and the same.
+template <int kSums, class Right>
+void multiply_rows(int queries, const uint8_t* left, int64_t left_stride, const Right& right, const Right& next,
+                   int first_column, int pairs, float* out, int64_t out_stride) {
+  for (int done = 0; done < queries; done += kMostTileRows) {
+    const int last = queries - kMostTileRows, row = done == 0 || done < last ? done : last;
+    multiply_columns<kSums>(left + row * left_stride, left_stride, right, next, first_column, pairs, done == 0,
+                            out + row * out_stride, out_stride);
+  }
+}
+
+// out [queries][out_stride] = left [queries][pairs], its rows left_stride bytes apart, x `columns` columns of tiles.
+template <class Right>
+void multiply(int queries, const uint8_t* left, int64_t left_stride, const Right& right, const Right& next,
+              int columns, int pairs, float* out, int64_t out_stride) {
+  const auto some = [&](auto sums, int first) {
+    multiply_rows<sums.value>(queries, left, left_stride, right, next, first, pairs, out, out_stride);
+  };
+  int first = 0;
+  for (; first + kMostSums <= columns; first += kMostSums) some(Number<kMostSums>(), first);
+  switch (columns - first) {
+    case 1: return some(Number<1>(), first);
+    case 2: return some(Number<2>(), first);
+    case 3: return some(Number<3>(), first);
+  }
+}
+
+// --- Values of an odd number of keys --------------------------------------------------------------------------------
+
+// Copies the values of an odd number of keys of a block. The last pair's second key may be one that nobody wrote: its
+// weight is 0, but its value may be a NaN, and becomes 0.
+inline void copy_odd_values(uint8_t* to, const uint8_t* from, int keys, int columns) {
+  const size_t whole = size_t(keys / 2) * columns * 4;
+  memcpy(to, from, whole);
+  for (int c = 0; c < columns; c += kLanes) {
+    const U16x32 pairs = Bf16Keys::without_second(load_vector<U16x32>(from + whole + c * 4));
+    memcpy(to + whole + c * 4, &pairs, sizeof pairs);
+  }
+}
+
+// --- Both products of a task ----------------------------------------------------------------------------------------
+
+// Holds the tiles while it lives. Shapes are set once for all spans, and once more for a last one with part of a block.
+class TileProducts {
+ public:
+  static constexpr int kWeightBytes = 2;
+
+  // odd_values: memory for a block's values, or null where those that nobody wrote are numbers.
+  TileProducts(int queries, int steps, uint8_t* odd_values)
+      : rows_(queries < kMostTileRows ? queries : kMostTileRows), odd_values_(odd_values) {
+    shape(steps % kChunkPairs);
+  }
+  ~TileProducts() { release_tiles(); }  // else the system would save them whenever it takes the core away
+  TileProducts(const TileProducts&) = delete;
+
+  // See VectorProducts.
+  void score(const uint8_t* query, int queries, int steps, const uint8_t* const* keys, const uint8_t* const* next,
+             int groups, float* out, int out_stride) {
+    shape_rest(steps);
+    multiply(queries, query, int64_t(steps) * 4, KeyTiles{keys}, KeyTiles{next}, groups, steps, out, out_stride);
+  }
+
+  void multiply_values(const uint8_t* weights, int queries, const uint8_t* const* blocks, const uint8_t* const* next,
+                       int keys, int columns, float* out, int out_stride) {
+    const int pairs = (keys + 1) / 2, last = (keys - 1) / kBlockTokens;
+    const uint8_t* at[kSpanBlocks];
+    for (int b = 0; b <= last; ++b) at[b] = blocks[b];
+    if (odd_values_ && keys % 2) {
+      copy_odd_values(odd_values_, blocks[last], keys - last * kBlockTokens, columns);
+      at[last] = odd_values_;
+    }
+    shape_rest(pairs);
+    multiply(queries, weights, kSpanKeys * kWeightBytes, ValueTiles{at, columns}, ValueTiles{next, columns},
+             columns / kLanes, pairs, out, out_stride);
+  }
+
+ private:
+  // For products of that many pairs. A load of shapes takes as long as some multiplications.
+  void shape_rest(int pairs) {
+    const int rest = pairs % kChunkPairs;
+    if (rest != 0 && rest != rest_) shape(rest);
+  }
+
+  void shape(int rest) {
+    TileShapes shapes;
+    for (int sum = 0; sum < kMostSums; ++sum) shapes.set(sum, rows_, 64);
+    shapes.set(kLeft, rows_, kChunkPairs * 4);
+    shapes.set(kRight, kChunkPairs, 64);
+    if (rest) shapes.set(kShortLeft, rows_, rest * 4), shapes.set(kShortRight, rest, 64);
+    use_tiles(shapes);
+    rest_ = rest;
+  }
+
+  const int rows_;
+  uint8_t* const odd_values_;
+  int rest_ = 0;
+};
 
 }  // namespace
 }  // namespace tp
+
+#endif
