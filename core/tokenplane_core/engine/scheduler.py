@@ -12,6 +12,9 @@ more later. When those run out, the running sequence of worst rank goes back to 
 (its published blocks usually survive in the prefix index). Source: preemption by recompute as in vLLM (arXiv
 2309.06180), chunked prefill as in Sarathi-Serve (arXiv 2403.02310).
 
+A prompt of which a running one computes at least half just now waits for it (followers.py), and is overtaken
+meanwhile by those behind it.
+
 Drafts (speculation.py) come last: decode rows of a plan that stands take what it leaves of tokens, draws and free
 blocks, so they keep nobody out. Their blocks go back after the step unless they were right.
 """
@@ -25,7 +28,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from ..backend.records import Bucket, Capabilities
-from .kv_cache import BlockPool
+from .followers import Followers
+from .kv_cache import BlockKey, BlockPool
 from .sequence import Sequence, State
 from .shapes import Extent, Phase, ShapeTable
 from .speculation import Speculation
@@ -94,6 +98,7 @@ class Scheduler:
         self._leaving: list[Sequence] = []  # have ended, but a launched step still names their slot and blocks
         self.num_preemptions = 0
         self._waiting: list[tuple[tuple[float, int], Sequence]] = []
+        self._followers = Followers()
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._on_leave = on_leave
         self._decode_turn = False  # the last prefill left decode rows behind
@@ -154,6 +159,7 @@ class Scheduler:
         self.pool.extend_keys(sequence.block_keys, sequence.token_ids, sequence.adapter.salt)
         for i in range(sequence.num_published_blocks, num_full_blocks):
             self.pool.publish(sequence.block_ids[i], sequence.block_keys[i])
+            self._back_to_queue(self._followers.published(sequence.block_keys[i]))
         sequence.num_published_blocks = num_full_blocks
 
     def refusal(self, num_prompt_tokens: int, num_total_tokens: int) -> str | None:
@@ -342,6 +348,11 @@ class Scheduler:
         self.num_waiting += 1
         heapq.heappush(self._waiting, (sequence.rank, sequence))
 
+    def _back_to_queue(self, followers: list[Sequence]) -> None:
+        for sequence in followers:
+            if sequence.state is State.WAITING:
+                heapq.heappush(self._waiting, (sequence.rank, sequence))
+
     def _drop_dead_entries(self) -> None:
         """Rebuild the heap once most of its entries are of cancelled sequences: a blocked head must not keep them."""
         if len(self._waiting) > 2 * self.num_waiting + 16:
@@ -360,19 +371,28 @@ class Scheduler:
         not overtaken for ever.
         """
         sequence = self._next_waiting()
+        while sequence is not None and self._free_slots:
+            keys = self._keys(sequence)
+            hits = self.pool.match(keys)
+            missing, size = keys[len(hits) :], self.pool.block_tokens
+            # Where a running sequence computes less than half of what this one lacks, a wait is not worth it.
+            if 2 * self._followers.num_led(missing) * size < sequence.num_known_tokens - len(hits) * size:
+                break
+            self._followers.follow(sequence, missing[0])
+            heapq.heappop(self._waiting)
+            sequence = self._next_waiting()
         if sequence is None or not self._free_slots:
             return None
-        hits = self._hits(sequence)
         needed = self.pool.blocks_for(sequence.num_known_tokens) - len(hits)
         if needed > self.pool.num_free - sum(self.pool.is_free(block) for block in hits):
             return None
         return sequence, hits, needed
 
-    def _hits(self, sequence: Sequence) -> list[int]:
-        """Blocks of the prefix index; none for who wants the log-probabilities of tokens that lie in them."""
-        if sequence.prompt_logprobs is not None:
+    def _keys(self, sequence: Sequence) -> list[BlockKey]:
+        """The blocks it could find computed; none for who wants the log-probabilities of tokens that lie in them."""
+        if sequence.prompt_logprobs is not None or not self.pool.prefix_cache:
             return []
-        return self.pool.match(sequence.block_keys[: (sequence.num_known_tokens - 1) // self.pool.block_tokens])
+        return sequence.block_keys[: (sequence.num_known_tokens - 1) // self.pool.block_tokens]
 
     def _admit_next(self, plan: Plan) -> bool:
         """Give the head of the queue a row in the plan, and with it slot and blocks; False if it has to wait."""
@@ -392,6 +412,7 @@ class Scheduler:
         sequence.block_ids = hits + fresh
         sequence.num_published_blocks = len(hits)
         sequence.num_cached_tokens = len(hits) * self.pool.block_tokens
+        self._followers.lead(sequence, self._keys(sequence)[len(hits) :])
         sequence.slot = self._free_slots.pop()
         sequence.state = State.RUNNING
         self.running.append(sequence)
@@ -428,6 +449,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         """Take slot and blocks back. Only without a step in flight that names them."""
         self.pool.release(sequence.block_ids)
+        self._back_to_queue(self._followers.left(sequence, sequence.block_keys[sequence.num_published_blocks :]))
         self._free_slots.append(sequence.slot)
         self._on_leave(sequence.slot)
         sequence.leave_device()
@@ -438,5 +460,6 @@ class Scheduler:
         self.pool.check([s.block_ids for s in holders])
         slots = [s.slot for s in holders] + self._free_slots
         assert len(slots) == len(set(slots)), "a slot is held twice"
-        waiting = sum(s.state is State.WAITING for _, s in self._waiting)
+        queued = [s for _, s in self._waiting] + self._followers.all()
+        waiting = sum(s.state is State.WAITING for s in queued)
         assert waiting == self.num_waiting, "the queue lost count"
