@@ -143,8 +143,10 @@ void weigh(const tp_attention& l, const Span& span, int begin, int end, float* s
     F32x16 v = load(scores + g * kLanes) * l.scaling;
     if (l.type == TP_INT8) v = v * load(span.key_scales[g / 2] + g % 2 * kLanes);
     if (l.softcap != 0) v = l.softcap * tanh(v / l.softcap);
-    const I32x16 key = lanes + g * kLanes;
-    v = (key >= begin) & (key < end) ? v : broadcast(-INFINITY);
+    if (g * kLanes < begin || (g + 1) * kLanes > end) {
+      const I32x16 key = lanes + g * kLanes;
+      v = (key >= begin) & (key < end) ? v : broadcast(-INFINITY);
+    }
     best = v > best ? v : best;
     store(scores + g * kLanes, v);
   }
