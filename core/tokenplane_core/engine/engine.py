@@ -378,10 +378,8 @@ class Engine:
             num_right = 0
             if row.sample:
                 sequence = row.sequence
-                if sequence.state is not State.FINISHED and (
-                    sequence.guide is None or self._may_commit(sequence, token_ids[index], index, masks)
-                ):
-                    self._commit(sequence, token_ids[index], output, index)
+                if sequence.state is not State.FINISHED:
+                    self._commit(sequence, token_ids[index], output, index, masks)
                 if self._speculation is not None:
                     num_right = self._commit_behind(row, token_ids, output, index, masks, self._speculation)
                 index += 1 + len(row.drafts)
@@ -408,8 +406,7 @@ class Engine:
                 break
             num_right += 1
             index += 1
-            if sequence.guide is None or self._may_commit(sequence, token_ids[index], index, masks):
-                self._commit(sequence, token_ids[index], output, index)
+            self._commit(sequence, token_ids[index], output, index, masks)
         self._accepted[num_right] += 1
         if row.drafts:
             self._count["draft_tokens"] += len(row.drafts)
@@ -453,8 +450,10 @@ class Engine:
             self._fail(sequence, "", f"a token outside the grammar was drawn: {why}")
         return sequence.state is not State.FINISHED
 
-    def _commit(self, sequence: Sequence, token_id: int, output: StepOutput, index: int) -> None:
-        """Append the token drawn for a live sequence, decide whether it ends, tell the client."""
+    def _commit(self, sequence: Sequence, token_id: int, output: StepOutput, index: int, masks: StepMasks) -> None:
+        """Append a live sequence's drawn token if its grammar allows it, decide whether it ends, tell the client."""
+        if sequence.guide is not None and not self._may_commit(sequence, token_id, index, masks):
+            return
         sequence.token_ids.append(token_id)
         self._count["generated_tokens"] += 1
         num_generated = len(sequence.token_ids) - sequence.num_prompt_tokens

@@ -370,23 +370,28 @@ class Scheduler:
         None if there is no slot or too few blocks for it: then all behind it wait too, so that a long prompt is
         not overtaken for ever.
         """
-        sequence = self._next_waiting()
-        while sequence is not None and self._free_slots:
-            keys = self._keys(sequence)
-            hits = self.pool.match(keys)
-            missing, size = keys[len(hits) :], self.pool.block_tokens
-            # Where a running sequence computes less than half of what this one lacks, a wait is not worth it.
-            if 2 * self._followers.num_led(missing) * size < sequence.num_known_tokens - len(hits) * size:
-                break
-            self._followers.follow(sequence, missing[0])
-            heapq.heappop(self._waiting)
-            sequence = self._next_waiting()
-        if sequence is None or not self._free_slots:
+        head = self._head() if self._free_slots else None
+        if head is None:
             return None
+        sequence, hits = head
         needed = self.pool.blocks_for(sequence.num_known_tokens) - len(hits)
         if needed > self.pool.num_free - sum(self.pool.is_free(block) for block in hits):
             return None
         return sequence, hits, needed
+
+    def _head(self) -> tuple[Sequence, list[int]] | None:
+        """The head of the queue and the blocks it finds, once those before it that should follow another one do."""
+        size = self.pool.block_tokens
+        while (sequence := self._next_waiting()) is not None:
+            keys = self._keys(sequence)
+            hits = self.pool.match(keys)
+            missing = keys[len(hits) :]
+            # Where a running sequence computes less than half of what this one lacks, a wait is not worth it.
+            if 2 * self._followers.num_led(missing) * size < sequence.num_known_tokens - len(hits) * size:
+                return sequence, hits
+            heapq.heappop(self._waiting)
+            self._followers.follow(sequence, missing[0])
+        return None
 
     def _keys(self, sequence: Sequence) -> list[BlockKey]:
         """The blocks it could find computed; none for who wants the log-probabilities of tokens that lie in them."""
