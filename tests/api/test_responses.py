@@ -43,7 +43,9 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
 
 
 def test_text_is_a_message(openai_client: openai.OpenAI, server: LiveServer) -> None:
-    answer = openai_client.responses.create(model=MODEL_ID, input="What is a block?", max_output_tokens=8)
+    answer = openai_client.responses.create(
+        model=MODEL_ID, input="What is a block?", max_output_tokens=8, temperature=0
+    )
     (item,) = answer.output
     assert (item.type, item.status) == ("message", "incomplete")
     assert answer.output_text and answer.output_text == item.content[0].text  # type: ignore[union-attr]

@@ -54,7 +54,7 @@ def test_chat_and_stream(kind: str, server: ServerProcess) -> None:
 
 
 def test_logprobs(kind: str, server: ServerProcess) -> None:
-    answer = chat_model(kind, server, 8).bind(logprobs=True, top_logprobs=2).invoke(QUESTION)
+    answer = chat_model(kind, server, 8).bind(seed=3, logprobs=True, top_logprobs=2).invoke(QUESTION)
     tokens = answer.response_metadata["logprobs"]["content"]
     assert len(tokens) == 8
     assert all(len(token["top_logprobs"]) in (2, 3) for token in tokens)
@@ -87,7 +87,7 @@ def test_a_tools_answer_goes_back_into_the_conversation(kind: str, server: Serve
 
 
 def test_responses(server: ServerProcess) -> None:
-    answer = chat_model("ChatOpenAI", server, 20, use_responses_api=True).invoke(QUESTION)
+    answer = chat_model("ChatOpenAI", server, 20, use_responses_api=True, temperature=0).invoke(QUESTION)
     assert answer.usage_metadata["output_tokens"] == 20
     assert answer.content[0]["type"] == "text"
 
