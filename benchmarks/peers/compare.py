@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -77,7 +78,7 @@ def compare(model: str, args: argparse.Namespace, results: report.Results) -> No
                 print(f"{model}, {server.name}: {error}", file=sys.stderr)
                 continue
             results.ready_s[model, server.name] = up[server].ready_s
-        for case in (case for case in CASES[model] if case.name in args.cases):
+        for case in args.load or [case for case in CASES[model] if case.name in args.cases]:
             for round_number in range(args.rounds):
                 turn = round_number % max(1, len(up))
                 if case.concurrency == 1:  # the only case that is held against it
@@ -142,11 +143,30 @@ def missing_peers(args: argparse.Namespace) -> list[str]:
     return [option for option, path in paths.items() if not path]
 
 
+def own_case(text: str) -> Case:
+    """A value of --load.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([1-9]\d*)/([1-9]\d*)(?:/(\d+))?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 16x32:512/128, or 16x32:1000/16/900 with shared tokens")
+    clients, requests, prompt, output, shared = (int(number or 0) for number in found.groups())
+    if shared >= prompt:
+        raise argparse.ArgumentTypeError(f"{text!r}: {shared} shared tokens leave nothing of {prompt}")
+    return Case(text.partition(":")[2], clients, requests, prompt, output, shared)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the model without arithmetic; a few minutes")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(CASES), metavar="NAME")
     parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument(
+        "--load", action="append", type=own_case, metavar="CLIENTSxREQUESTS:PROMPT/OUTPUT[/SHARED]",
+        help="instead of the usual cases: 16x32:512/128 is 32 requests of 16 clients, of 512 tokens for 128",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--model-root", type=Path, default=ROOT / "build" / "bench" / "models", help="made if missing")
