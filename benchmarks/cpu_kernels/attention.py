@@ -19,8 +19,9 @@ import torch
 from ceilings import Ceilings, measure
 from torch.nn.functional import scaled_dot_product_attention
 
-from tokenplane_cpu.attention import BLOCK_TOKENS, NativeKernels
+from tokenplane_cpu.attention import NativeKernels
 from tokenplane_cpu.native import use_threads
+from tokenplane_cpu.structs import BLOCK_TOKENS
 from tokenplane_torch.attention import AttentionRule
 from tokenplane_torch.kv_cache import LayerCache, LayerShape
 from tokenplane_torch.step import PagedStep, plan_step

@@ -18,8 +18,9 @@ import torch
 from ceilings import Ceilings, measure
 from torch import Tensor
 
-from tokenplane_cpu.linear import PackedLinear, Part, WeightType
+from tokenplane_cpu.linear import PackedLinear, Part
 from tokenplane_cpu.native import use_threads
+from tokenplane_cpu.structs import WeightType
 
 SHAPES = {  # name: (inputs, outputs)
     "smol qkv": (576, 960),

@@ -63,7 +63,7 @@ def main() -> None:
     use_threads(options.threads)
     logits = np.random.default_rng(0).normal(0, 3, (options.rows, options.vocab)).astype(np.float32)
     tensor, rows = torch.from_numpy(logits), np.arange(options.rows)
-    ours, theirs = HostSampler(PlainDevice()), TorchSampler(PlainDevice())
+    ours, theirs = HostSampler(), TorchSampler(PlainDevice())
     for name, params in CASES.items():
         plain = sampling_batch([replace_seed(params, i) for i in range(options.rows)], range(options.rows))
         for kind, batch in (("", plain), (", mask", masked(plain, options.vocab))):

@@ -18,10 +18,10 @@ from tokenplane_core.kit.runner import LocalEngine
 from tokenplane_core.model import describe_model
 from tokenplane_torch.choice import Unavailable, audition
 from tokenplane_torch.composed import LAST_CANDIDATES
+from tokenplane_torch.failures import first_line
 from tokenplane_torch.gpu import GpuDevice
 from tokenplane_torch.kernels import LayerNeed
 from tokenplane_torch.kv_cache import LayerShape
-from tokenplane_torch.loader import first_line
 from tokenplane_torch.testing.checkpoints import FAMILIES, make_checkpoint, reference_greedy
 
 

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from .backend import errors
-from .backend.errors import ConfigError, EngineFailed, EngineNotReady, InvalidRequest, QueueFull, TokenplaneError
+from .backend.errors import ConfigError, EngineFailed, EngineNotReady, QueueFull, TokenplaneError, revived
 from .client_adapters import ClientAdapters, LoadedAdapter
 from .config import EngineConfig
 from .durations import Durations
@@ -30,7 +29,6 @@ from .messages import (
     Cancel,
     EngineInfo,
     Events,
-    Fatal,
     FrameReader,
     FromEngine,
     Ready,
@@ -256,7 +254,7 @@ class EngineClient:
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(None)
         elif self._ready is not None and not self._ready.done():
-            self._ready.set_exception(_as_exception(message))
+            self._ready.set_exception(revived(message.kind, message.message, otherwise=EngineFailed))
 
     # --- The process ----------------------------------------------------------------------------------------
 
@@ -421,11 +419,3 @@ class EngineClient:
         for stream in self._live.values():
             stream.fail(error)
         self._live.clear()
-
-
-def _as_exception(message: Fatal) -> TokenplaneError:
-    """The engine's start-up error as the class it was."""
-    kind = getattr(errors, message.kind, EngineFailed)
-    if not (isinstance(kind, type) and issubclass(kind, TokenplaneError)) or kind is InvalidRequest:
-        kind = EngineFailed
-    return kind(message.message)

@@ -201,7 +201,7 @@ def serve(path: str, config: EngineConfig) -> int:
     server = EngineServer(path)
     server.accept_supervisor(timeout_s=30)
     try:
-        started = start_backend(config)
+        started = start_backend(config, own_process=True)
     except TokenplaneError as error:
         server.say_fatal(error)
         return 1

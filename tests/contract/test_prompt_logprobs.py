@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
 
 from tokenplane_core.backend.plugins import load_plugin
+from tokenplane_core.backend.records import F32
 from tokenplane_core.kit.runner import LocalEngine
 from tokenplane_core.model import describe_model
+from tokenplane_cpu import program_runner
+from tokenplane_cpu.conditions import PROGRAM
+from tokenplane_cpu.program import Program
 from tokenplane_torch import module
 from tokenplane_torch.testing.checkpoints import FAMILIES, make_checkpoint
 
@@ -38,18 +41,24 @@ def test_prompt_logprobs_equal_transformers(family: str, tmp_path: Path) -> None
     torch.testing.assert_close(torch.tensor(got[1:]), expected, atol=2e-3, rtol=1e-3)
 
 
-def test_logits_of_few_tokens_are_held_at_a_time(tmp_path: Path) -> None:
-    folder = make_checkpoint("llama", tmp_path)
-    engine = start(folder)
+@pytest.mark.parametrize("way", ["program", "torch"])
+def test_logits_of_few_tokens_are_held_at_a_time(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROGRAM, "1" if way == "program" else "0")
+    engine = start(make_checkpoint("llama", tmp_path))
     widths: list[int] = []
-    log_softmax = torch.Tensor.log_softmax
+    log_softmax, logits_of = torch.Tensor.log_softmax, Program.logits
 
     def noting(logits: torch.Tensor, dim: int) -> torch.Tensor:
         widths.append(logits.shape[0])
         return log_softmax(logits, dim)
 
-    with patch.object(torch.Tensor, "log_softmax", noting):
-        engine.submit(PROMPT, 1, prompt_logprobs=True)
-        engine.run()
+    def noting_program(program: Program, first: int, count: int) -> F32:
+        widths.append(count)
+        return logits_of(program, first, count)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", noting)
+    monkeypatch.setattr(Program, "logits", noting_program)
+    engine.submit(PROMPT, 1, prompt_logprobs=True)
+    engine.run()
     assert sum(widths) == len(PROMPT) - 1
-    assert max(widths) == module.MOST_SCORED_TOKENS
+    assert max(widths) == (program_runner.SCORED_TOKENS if way == "program" else module.MOST_SCORED_TOKENS)

@@ -29,7 +29,7 @@ from tokenplane_core.memory import (
 from tokenplane_core.model import describe_model
 from tokenplane_core.weight_files import INDEX, StoredTensor, Weights, count_weights, read_weights
 from tokenplane_cpu.plugin import CpuBackend
-from tokenplane_torch.choice import ONLY
+from tokenplane_torch.device import ONLY
 from tokenplane_torch.testing import make_checkpoint
 
 torch.set_num_threads(1)  # two OpenMP threads on a busy machine are slower than one

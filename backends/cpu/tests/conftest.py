@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tokenplane_core.backend.records import Capabilities, LoadOptions
 from tokenplane_core.model import describe_model
-from tokenplane_cpu.host import PROGRAM
+from tokenplane_cpu.conditions import PROGRAM
 from tokenplane_cpu.native import library, runnable_tiers, use_threads
 from tokenplane_cpu.plugin import CpuBackend
 from tokenplane_cpu.program_runner import ProgramRunner

@@ -15,7 +15,7 @@ from tokenplane_core.memory import kv_token
 from tokenplane_core.model import describe_model
 from tokenplane_cpu import native
 from tokenplane_cpu.plugin import CpuBackend
-from tokenplane_torch.choice import ONLY
+from tokenplane_torch.device import ONLY
 from tokenplane_torch.testing import Driver, make_checkpoint
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="tokenplane-cpu was installed without its native kernels")

@@ -18,6 +18,7 @@ from tokenplane_core.backend.records import Capabilities, LoadOptions
 from tokenplane_core.messages import SamplingParams
 from tokenplane_core.model import describe_model
 from tokenplane_cpu import host
+from tokenplane_cpu.conditions import PROGRAM
 from tokenplane_cpu.decoder import Decoder, NoProducts, NotPlain, _require_plain, read_decoder
 from tokenplane_cpu.plugin import CpuBackend
 from tokenplane_torch.testing import Driver, make_checkpoint, reference_greedy
@@ -48,10 +49,10 @@ def test_other_models_run_through_torch_and_say_why(family: str, tmp_path: Path)
 def test_without_the_program_the_tokens_are_the_same(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(host.PROGRAM, "0")
+    monkeypatch.setenv(PROGRAM, "0")
     folder = make_checkpoint(family, tmp_path)
     backend = load(folder)
-    assert host.PROGRAM in backend[1].kernels["step"]
+    assert PROGRAM in backend[1].kernels["step"]
     prompts = [[random.Random(n).randrange(3, 320) for _ in range(n)] for n in (1, 33, 70)]
     want = [reference_greedy(folder, prompt, 8) for prompt in prompts]
     assert Driver(*backend).generate(prompts, 8, chunk_tokens=32) == want

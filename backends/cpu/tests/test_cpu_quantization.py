@@ -17,8 +17,8 @@ from tokenplane_core.memory import loaded_bytes
 from tokenplane_core.model import describe_model
 from tokenplane_core.weight_files import read_weights
 from tokenplane_cpu import native
+from tokenplane_cpu.conditions import PROGRAM
 from tokenplane_cpu.device import QUANTIZES
-from tokenplane_cpu.host import PROGRAM
 from tokenplane_cpu.plugin import CpuBackend
 from tokenplane_torch.testing import Driver, make_checkpoint
 

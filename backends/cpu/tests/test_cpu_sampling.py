@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenplane_core.backend import sampling as reference
 from tokenplane_core.backend.records import SamplingBatch
 from tokenplane_core.messages import SamplingParams
+from tokenplane_cpu.module_sampler import as_arrays
 from tokenplane_cpu.native import library, runnable_tiers
 from tokenplane_cpu.sampler import HostSampler
-from tokenplane_torch.testing import PlainDevice
 from tokenplane_torch.testing.driver import sampling_batch
 from tokenplane_torch.testing.samples import FEATURES, assert_same, masked, padded_histories, random_case, rows
 
@@ -41,7 +41,8 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
 def drawn(
     logits: torch.Tensor, batch: SamplingBatch, histories: list[reference.History] | None = None
 ) -> reference.Samples:
-    got = HostSampler(PlainDevice()).draw(logits.float().numpy(), batch, padded_histories(batch, histories))
+    padded = padded_histories(batch, histories)
+    got = HostSampler().draw(logits.float().numpy(), batch, None if padded is None else as_arrays(padded))
     return reference.Samples(got.token_ids, got.logprobs, got.top_ids, got.top_logprobs)
 
 

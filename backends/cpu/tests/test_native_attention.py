@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from tokenplane_core.backend.errors import ConfigError
-from tokenplane_cpu.attention import BLOCK_TOKENS, NativeKernels, choose
+from tokenplane_cpu.attention import NativeKernels, choose
 from tokenplane_cpu.native import library, runnable_tiers, use_threads
+from tokenplane_cpu.structs import BLOCK_TOKENS
 from tokenplane_torch.attention import AttentionRule
-from tokenplane_torch.choice import ONLY
+from tokenplane_torch.device import ONLY
 from tokenplane_torch.kernels import AttentionKernels, LayerNeed, TorchKernels
 from tokenplane_torch.kv_cache import LayerCache, LayerShape, allocate
 from tokenplane_torch.step import PagedStep, StepPlan, plan_step

@@ -13,9 +13,11 @@ from torch.nn.functional import gelu, silu
 
 from tokenplane_core.backend.errors import ConfigError
 from tokenplane_cpu import native
-from tokenplane_cpu.linear import Activation, Epilogue, PackedLinear, Part, WeightType, zeroed_memory
+from tokenplane_cpu.linear import PackedLinear, Part
+from tokenplane_cpu.memory import zeroed_memory
 from tokenplane_cpu.native import isa, library, runnable_tiers, use_threads
 from tokenplane_cpu.quantization import Form, stored
+from tokenplane_cpu.structs import Activation, Epilogue, WeightType
 
 LIBRARY = library()
 RUNNABLE = runnable_tiers()

@@ -15,14 +15,15 @@ from tokenplane_core.backend.errors import BackendError
 from tokenplane_core.backend.records import LoadOptions
 from tokenplane_core.messages import SamplingParams
 from tokenplane_core.model import describe_model
-from tokenplane_cpu.attention import BLOCK_TOKENS, NativeKernels
+from tokenplane_cpu.attention import NativeKernels
 from tokenplane_cpu.native import library, runnable_tiers, use_threads
 from tokenplane_cpu.plugin import CpuBackend
 from tokenplane_cpu.sampler import HostSampler
+from tokenplane_cpu.structs import BLOCK_TOKENS
 from tokenplane_torch.attention import AttentionRule
 from tokenplane_torch.kv_cache import LayerShape
 from tokenplane_torch.step import PagedStep, plan_step
-from tokenplane_torch.testing import Driver, PlainDevice
+from tokenplane_torch.testing import Driver
 from tokenplane_torch.testing.driver import sampling_batch
 
 LIBRARY = library()
@@ -46,11 +47,11 @@ PARAMS = {
 def test_a_row_of_nonsense_is_an_error_and_no_token(tier: str, name: str, nonsense: float) -> None:
     logits = np.random.default_rng(0).normal(0, 1, (3, 1003)).astype(np.float32)
     batch = sampling_batch([PARAMS[name]] * 3, range(3))
-    want = HostSampler(PlainDevice()).draw(logits, batch, None).token_ids
+    want = HostSampler().draw(logits, batch, None).token_ids
     assert ((want >= 0) & (want < 1003)).all()
     logits[1] = nonsense
     with pytest.raises(BackendError, match="no finite highest logit for 1 of 3 sequences"):
-        HostSampler(PlainDevice()).draw(logits, batch, None)
+        HostSampler().draw(logits, batch, None)
 
 
 @pytest.mark.parametrize("name", PARAMS)
@@ -58,8 +59,8 @@ def test_some_logits_that_are_nan_are_not_drawn(tier: str, name: str) -> None:
     logits = np.random.default_rng(0).normal(0, 1, (4, 1003)).astype(np.float32)
     without = np.where(np.arange(1003) % 3 == 0, np.float32(-INF), logits)
     batch = sampling_batch([PARAMS[name]] * 4, range(4))
-    want = HostSampler(PlainDevice()).draw(without, batch, None)
-    got = HostSampler(PlainDevice()).draw(np.where(np.isinf(without), np.float32(NAN), logits), batch, None)
+    want = HostSampler().draw(without, batch, None)
+    got = HostSampler().draw(np.where(np.isinf(without), np.float32(NAN), logits), batch, None)
     assert got.token_ids.tolist() == want.token_ids.tolist()
 
 
@@ -137,12 +138,13 @@ def test_a_token_that_the_vocabulary_lacks_computes_nan(checkpoint: Path, token_
 
 _TOO_MANY_PAIRS = """
 from ctypes import byref
-from tokenplane_cpu.attention import AttentionStruct
-from tokenplane_cpu.program import DecoderStruct, LayerStruct, _library
+from tokenplane_cpu.native import built_library
+from tokenplane_cpu.structs import AttentionStruct, DecoderStruct, LayerStruct
 layers = (LayerStruct * 1)()
 layers[0].attention = AttentionStruct(heads=1, kv_heads=1, key_dim=32, value_dim=32)
 layers[0].rotary_pairs = 17
-_library().tp_program_create(byref(DecoderStruct(layers=layers, num_layers=1, hidden=32, max_tokens=1, max_keys=1)))
+decoder = DecoderStruct(layers=layers, num_layers=1, hidden=32, max_tokens=1, max_keys=1)
+built_library().tp_program_create(byref(decoder))
 """
 
 

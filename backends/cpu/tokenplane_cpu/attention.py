@@ -6,7 +6,6 @@ The cache is in the kernels' own layout (native/kernels/attention.h): memory tha
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from collections.abc import Mapping, Sequence
 
@@ -16,41 +15,18 @@ from torch import Tensor
 
 from tokenplane_core.backend.errors import ConfigError, ContractViolation
 from tokenplane_torch.attention import AttentionRule
-from tokenplane_torch.choice import ONLY, Unavailable
+from tokenplane_torch.choice import Unavailable
+from tokenplane_torch.device import ONLY
 from tokenplane_torch.kernels import AttentionKernels, LayerNeed, TorchKernels
 from tokenplane_torch.kv_cache import LayerCache, LayerShape
 from tokenplane_torch.step import Rows
 
-from .native import isa, library
+from .conditions import NATIVE
+from .native import built_library, isa, library
+from .structs import BLOCK_TOKENS, AttentionStruct, RowsStruct, TokenRowsStruct
 
-NATIVE, TORCH = "native", "torch"  # as users name the kernels
-BLOCK_TOKENS = 32  # TP_KV_BLOCK_TOKENS
+TORCH = "torch"  # as users name the twins
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # TP_F32, TP_BF16, TP_INT8
-
-
-class AttentionStruct(ctypes.Structure):
-    """tp_attention."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "sinks")),
-        *((name, ctypes.c_float) for name in ("scaling", "softcap")),
-        *((name, ctypes.c_int32) for name in ("window", "type", "heads", "kv_heads", "key_dim", "value_dim")),
-    )
-
-
-class TokenRowsStruct(ctypes.Structure):
-    """tp_token_rows."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("type", ctypes.c_int32))
-
-
-class RowsStruct(ctypes.Structure):
-    """tp_attention_rows."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("first_tokens", "num_tokens", "context_lens", "tables", "slots")),
-        *((name, ctypes.c_int32) for name in ("table_stride", "rows")),
-    )
 
 
 class NativeKernels:
@@ -90,7 +66,8 @@ class NativeKernels:
     def layer_block_bytes(self, shape: LayerShape) -> tuple[int, int]:
         """Memory of the keys and of the values of one block."""
         layer = self._layer(shape.kv_heads, shape.kv_heads, shape.key_dim, shape.value_dim)
-        return _library().tp_key_block_bytes(ctypes.byref(layer)), _library().tp_value_block_bytes(ctypes.byref(layer))
+        found = built_library()
+        return found.tp_key_block_bytes(ctypes.byref(layer)), found.tp_value_block_bytes(ctypes.byref(layer))
 
     # --- A step ---------------------------------------------------------------------------------------------
 
@@ -98,7 +75,7 @@ class NativeKernels:
         key, value = key.contiguous(), value.contiguous()
         layer = self._layer(key.shape[1], key.shape[1], key.shape[2], value.shape[2], cache)
         rows = _tokens(key), _tokens(value)
-        _library().tp_write_kv(
+        built_library().tp_write_kv(
             ctypes.byref(layer), ctypes.byref(rows[0]), ctypes.byref(rows[1]), index.data_ptr(), len(index)
         )
 
@@ -116,7 +93,7 @@ class NativeKernels:
         layer.sinks = None if sinks is None else sinks.data_ptr()
         of_step, _ = rows.once("native", lambda: _rows(rows))
         queries, results = _tokens(query), _tokens(out)
-        _library().tp_attend(
+        built_library().tp_attend(
             ctypes.byref(layer),
             ctypes.byref(of_step),
             ctypes.byref(queries),
@@ -126,7 +103,7 @@ class NativeKernels:
 
     def _room(self, layer: AttentionStruct, most_keys: int) -> int:
         """The address of memory for one call, 64-byte aligned."""
-        wanted = _library().tp_attention_workspace_bytes(ctypes.byref(layer), most_keys) + 64
+        wanted = built_library().tp_attention_workspace_bytes(ctypes.byref(layer), most_keys) + 64
         if self._workspace.numel() < wanted:
             self._workspace = torch.empty(wanted, dtype=torch.uint8)
         return (self._workspace.data_ptr() + 63) // 64 * 64
@@ -212,17 +189,3 @@ class ExplainedTorchKernels(TorchKernels):
     def describe(self) -> Mapping[str, str]:
         own = super().describe()
         return {**own, "attention": f"{own['attention']} (not native: {self._reason})"}
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
-    for name in ("tp_key_block_bytes", "tp_value_block_bytes", "tp_attention_workspace_bytes"):
-        getattr(found, name).restype = ctypes.c_size_t
-    found.tp_key_block_bytes.argtypes = found.tp_value_block_bytes.argtypes = [pointer]
-    found.tp_attention_workspace_bytes.argtypes = [pointer, integer]
-    found.tp_write_kv.argtypes = [pointer, pointer, pointer, pointer, integer]
-    found.tp_attend.argtypes = [pointer] * 5
-    return found

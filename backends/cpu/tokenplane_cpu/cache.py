@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .linear import address, zeroed_memory
+from .memory import address, zeroed_memory
 
 
 class Cache:

@@ -21,6 +21,7 @@ from .native import is_built
 SCORE = 1  # any accelerator scores higher
 QUANTIZES = ("int8", "int4")  # by the native kernels
 KV_DTYPES = ("int8",)  # the same
+COMPUTED_IN = "bfloat16"  # by those
 
 # Flag in /proc/cpuinfo -> what people call it, weakest first. x86 says "flags", Arm says "Features".
 ISA = {

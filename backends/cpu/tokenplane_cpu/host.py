@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -14,22 +13,26 @@ from torch import Tensor
 from tokenplane_core.backend.errors import ConfigError, OutOfMemory, UnsupportedModel
 from tokenplane_core.backend.records import I32, ModelSpec, ShapePolicy
 from tokenplane_torch.checks import TRIAL_BLOCKS, Packed, compare, survey
-from tokenplane_torch.choice import ONLY
 from tokenplane_torch.device import TorchDevice
+from tokenplane_torch.failures import first_line
 from tokenplane_torch.kernels import AttentionKernels, LayerNeed
 from tokenplane_torch.kv_cache import LayerCache, LayerShape
-from tokenplane_torch.loader import first_line, refused
+from tokenplane_torch.loader import refused
+from tokenplane_torch.sampler import TorchSampler
 
 from . import native
-from .attention import NATIVE, NativeKernels, choose
+from .attention import NativeKernels, choose
 from .cache import Cache
+from .conditions import why_no_program
 from .decoder import NoProducts, NotPlain, read_decoder, watched
-from .device import headroom_bytes, read_memory
+from .device import COMPUTED_IN, headroom_bytes, read_memory
+from .module_sampler import ModuleSampler
+from .packing import pack
 from .positions import require_same_at_all_positions
 from .program import Program
 from .program_runner import ProgramRunner
-from .quantization import COMPUTED_IN, computing_as_stored, forms
-from .sampler import HostSampler, ModuleSampler
+from .quantization import computing_as_stored, forms
+from .sampler import CAPABILITIES, HostSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,20 +40,26 @@ if TYPE_CHECKING:
     from tokenplane_torch.runner import Runner
     from tokenplane_torch.sampler import Sampler
 
-PROGRAM = "TOKENPLANE_CPU_PROGRAM"  # 0: plain decoders go through torch, too
 ROUNDING = 0.2
 """How far a program's logits may be off in bfloat16, see `compare`. Measured: 0.07 at 30 layers of random weights."""
 
 
 class HostDevice(TorchDevice):
-    """Computes with `num_threads` threads of this process from the moment it is made."""
+    """Computes with `num_threads` threads of this process from the moment it is made.
 
-    def __init__(self, num_threads: int) -> None:
+    Args:
+        programs_only: `runner` raises NotPlain instead of running a model through torch.
+        no_program: why there is none, where that is known already.
+    """
+
+    sampling = CAPABILITIES if native.is_built() else TorchDevice.sampling
+
+    def __init__(self, num_threads: int, *, programs_only: bool = False, no_program: str | None = None) -> None:
         torch.set_num_threads(num_threads)
         self._num_threads = num_threads
         self._kernels: AttentionKernels | None = None  # for what goes through torch
         self._cache_dtype: torch.dtype | None = None  # None: the layers' own
-        self._without = "LoRA adapters"  # why there is no program, unless `runner` finds another reason
+        self._programs_only, self._no_program = programs_only, no_program
         if native.library() is not None:
             native.use_threads(num_threads)
 
@@ -64,21 +73,25 @@ class HostDevice(TorchDevice):
                 f"--kv-cache-dtype is {model.kv_dtype}, which goes with {COMPUTED_IN}; --dtype is {model.dtype}"
             )
         self._cache_dtype = getattr(torch, model.kv_dtype) if model.kv_dtype else None
-        try:
-            return self._program_runner(module, model, step_tokens)
-        except (OutOfMemory, ConfigError):
-            raise
-        except Exception as error:  # the reader asks much of code that nobody here knows; torch asks less
-            self._without = _reason(error)
-            if model.quantize is not None:
-                if isinstance(error, UnsupportedModel):
+        self._no_program = self._no_program or why_no_program(model)
+        if self._no_program is None:
+            try:
+                return self._program_runner(module, model, step_tokens)
+            except (OutOfMemory, ConfigError):
+                raise
+            except Exception as error:  # the reader asks much of code that nobody here knows; torch asks less
+                if model.quantize is not None and isinstance(error, UnsupportedModel):
                     raise
-                way = "its weights cannot be quantized while they load, as no native program can run it"
-                raise refused(model, f"{way}: {self._without}") from error
+                self._no_program = _reason(error)
+        if model.quantize is not None:
+            way = "its weights cannot be quantized while they load, as no native program can run it"
+            raise refused(model, f"{way}: {self._no_program}")
+        if self._programs_only:
+            raise NotPlain(self._no_program)
         return super().runner(module, model, policy, step_tokens)
 
     def fuse(self, module: torch.nn.Module) -> Mapping[str, str]:
-        return {"step": f"torch, layer by layer (no native program: {self._without})"}
+        return {"step": f"torch, layer by layer (no native program: {self._no_program or 'LoRA adapters'})"}
 
     def _program_runner(self, module: PreTrainedModel, model: ModelSpec, step_tokens: int) -> Runner:
         """
@@ -86,13 +99,12 @@ class HostDevice(TorchDevice):
             NotPlain: the module, or what was asked for, is nothing for a program; the message says what.
             Exception: any other, too: the module is not what it looked like.
         """
-        self._require_program_possible(model)
         with watched(module) as seen, NoProducts():
             needs = survey(module, model)
         decoder = read_decoder(module, seen, needs, model.max_model_tokens)
         require_same_at_all_positions(module, model.max_model_tokens)
         max_tokens = max(step_tokens, 2 * self.block_tokens)  # the trial below has more than a block's
-        program = Program(decoder, model.dtype, max_tokens, self._num_threads, model.quantize, model.kv_dtype)
+        program = Program(pack(decoder, model.dtype, max_tokens, self._num_threads, model.quantize, model.kv_dtype))
         cache = Cache(program.block_bytes())
         try:
             quantized = computing_as_stored(decoder, *forms(model.dtype, model.quantize))
@@ -100,19 +112,7 @@ class HostDevice(TorchDevice):
                 compare(module, model, self.block_tokens, _steps(program, cache), ROUNDING)
         except UnsupportedModel as error:
             raise NotPlain(f"it computes something else: {first_line(error)}") from error
-        return ProgramRunner(program, cache, HostSampler(self), model.max_model_tokens)
-
-    def _require_program_possible(self, model: ModelSpec) -> None:
-        if os.environ.get(PROGRAM, "1") == "0":
-            raise NotPlain(f"{PROGRAM}=0")
-        if native.library() is None:
-            raise NotPlain("this package was built without native kernels")
-        if model.dtype == "float16":
-            raise NotPlain("float16")
-        if model.quantize is not None and model.dtype != COMPUTED_IN:
-            raise NotPlain(f"{model.quantize} weights are computed in {COMPUTED_IN}; set --dtype {COMPUTED_IN}")
-        if os.environ.get(ONLY, NATIVE) != NATIVE:
-            raise NotPlain(f"{ONLY} is {os.environ[ONLY]}")
+        return ProgramRunner(program, cache, HostSampler(), model.max_model_tokens)
 
     def kernels(self, needs: Sequence[LayerNeed]) -> AttentionKernels:
         self._kernels = choose(needs, self._cache_dtype)
@@ -129,7 +129,7 @@ class HostDevice(TorchDevice):
         return super().block_bytes(shapes)
 
     def sampler(self) -> Sampler:
-        return ModuleSampler(self)
+        return TorchSampler(self) if native.library() is None else ModuleSampler()
 
     def free_bytes(self) -> int:
         return read_memory().free_bytes

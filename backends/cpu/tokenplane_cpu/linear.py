@@ -5,71 +5,19 @@ Knows tensors and the library, not models: whoever builds a step decides what is
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 
-from .native import library
-
-
-class WeightType(IntEnum):
-    """How a packed weight is stored; as in native/tokenplane_cpu.h."""
-
-    F32 = 0
-    BF16 = 1
-    INT8 = 2
-    INT4 = 3
-
-
-class Epilogue(IntEnum):
-    """What becomes of a finished row: stored, added to what is there, or gated."""
-
-    STORE = 0
-    ADD = 1
-    GATED = 2
-
-
-class Activation(IntEnum):
-    SILU = 0
-    GELU = 1
-    GELU_TANH = 2
-
+from .memory import address, zeroed_memory
+from .native import built_library
+from .packed import Piece
+from .structs import Activation, Epilogue, OutputStruct, WeightStruct, WeightType
 
 SOURCE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 4}
 GROUPS = (0, 32, 64, 128, 256)  # inputs that may share a scale
-
-
-class WeightStruct(ctypes.Structure):
-    """tp_linear_weight."""
-
-    _fields_ = [
-        ("values", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("output_scales", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("inputs", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("gated", ctypes.c_int32),
-    ]
-
-
-class OutputStruct(ctypes.Structure):
-    """tp_linear_output."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("stride", ctypes.c_int64),
-        ("epilogue", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +45,7 @@ class PackedLinear:
             raise ValueError(f"group is {group}, not one of {GROUPS}")
         if any(part.weight.shape[1] != self.inputs for part in parts):
             raise ValueError(f"parts have {[part.weight.shape[1] for part in parts]} inputs")
-        lib = _library()
+        lib = built_library()
         shape = (int(type), self.outputs, self.inputs, group, int(gated))
         self.nbytes: int = lib.tp_linear_packed_bytes(*shape)
         self._memory = zeroed_memory(self.nbytes)
@@ -109,7 +57,7 @@ class PackedLinear:
             first += part.weight.shape[0]
 
     def _pack(self, part: Part, first: int) -> None:
-        lib = _library()
+        lib = built_library()
         weight = part.weight.detach().contiguous()
         bias = None if part.bias is None else part.bias.detach().to(weight.dtype).contiguous()
         lib.tp_linear_pack(
@@ -120,6 +68,11 @@ class PackedLinear:
             None if bias is None else bias.data_ptr(),
             SOURCE_TYPES[weight.dtype],
         )
+
+    @property
+    def piece(self) -> Piece:
+        """Where `struct` points into."""
+        return Piece(address(self._memory), self.nbytes, self._memory)
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -147,38 +100,9 @@ class PackedLinear:
             raise ValueError(f"rows are {rows.dtype} {tuple(rows.shape)}, not {self.input_dtype} [n, {self.inputs}]")
         if out.dtype != dtype or out.shape != shape or out.stride(1) != 1:
             raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, not {dtype} {shape}")
-        lib = _library()
+        lib = built_library()
         workspace = torch.empty(lib.tp_linear_workspace_bytes(ctypes.byref(self.struct), count) + 64, dtype=torch.uint8)
         where = OutputStruct(out.data_ptr(), out.stride(0), epilogue, activation)
         aligned = (workspace.data_ptr() + 63) // 64 * 64
         lib.tp_linear(ctypes.byref(self.struct), rows.data_ptr(), rows.stride(0), count, ctypes.byref(where), aligned)
         return out
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    found = library()
-    if found is None:
-        raise RuntimeError("tokenplane-cpu was built without its native kernels")
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
-    found.tp_linear_packed_bytes.restype = ctypes.c_size_t
-    found.tp_linear_packed_bytes.argtypes = [integer] * 5
-    found.tp_linear_prepare.argtypes = [pointer, pointer, *[integer] * 5]
-    found.tp_linear_pack.argtypes = [pointer, integer, integer, pointer, pointer, integer]
-    found.tp_linear_workspace_bytes.restype = ctypes.c_size_t
-    found.tp_linear_workspace_bytes.argtypes = [pointer, integer]
-    found.tp_linear.argtypes = [pointer, pointer, ctypes.c_int64, integer, pointer, pointer]
-    return found
-
-
-def zeroed_memory(size_bytes: int) -> mmap.mmap:
-    """Zeroed memory, on huge pages where the system has some: a step goes through gigabytes once."""
-    memory = mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-def address(memory: mmap.mmap) -> int:
-    """Where it lies; the mapping must outlive every use."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

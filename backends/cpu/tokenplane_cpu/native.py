@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from tokenplane_core.backend.errors import ConfigError
 
@@ -39,12 +40,55 @@ def library() -> ctypes.CDLL | None:
             f"{_FILE.name} was built for version {built} of its interface, and this package needs version {ABI};"
             " reinstall tokenplane-cpu, which builds it anew"
         )
-    for name in ("tp_best_isa", "tp_isa"):
-        getattr(found, name).restype = ctypes.c_char_p
+    _declare(found)
     wanted = os.environ.get(ISA)
     if wanted and found.tp_set_isa(wanted.encode()) != 0:
         raise ConfigError(f"{ISA} is {wanted!r}; the best this machine runs is {found.tp_best_isa().decode()!r}")
     return found
+
+
+def built_library() -> ctypes.CDLL:
+    """The library, for who computes with it.
+
+    Raises:
+        RuntimeError: this package was built without it.
+        ConfigError: as `library`.
+    """
+    found = library()
+    if found is None:
+        raise RuntimeError("tokenplane-cpu was built without its native kernels")
+    return found
+
+
+def _declare(found: ctypes.CDLL) -> None:
+    """What each function takes and gives."""
+    pointer, integer, size, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_char_p
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "tp_best_isa": (text, []),
+        "tp_isa": (text, []),
+        "tp_set_isa": (integer, [text]),
+        "tp_set_threads": (None, [integer, pointer]),
+        "tp_linear_packed_bytes": (size, [integer] * 5),
+        "tp_linear_prepare": (None, [pointer, pointer, *[integer] * 5]),
+        "tp_linear_pack": (None, [pointer, integer, integer, pointer, pointer, integer]),
+        "tp_linear_workspace_bytes": (size, [pointer, integer]),
+        "tp_linear": (None, [pointer, pointer, ctypes.c_int64, integer, pointer, pointer]),
+        "tp_key_block_bytes": (size, [pointer]),
+        "tp_value_block_bytes": (size, [pointer]),
+        "tp_attention_workspace_bytes": (size, [pointer, integer]),
+        "tp_write_kv": (None, [pointer, pointer, pointer, pointer, integer]),
+        "tp_attend": (None, [pointer] * 5),
+        "tp_sampling_workspace_bytes": (size, [integer]),
+        "tp_sample": (None, [pointer, pointer]),
+        "tp_program_create": (pointer, [pointer]),
+        "tp_program_destroy": (None, [pointer]),
+        "tp_program_scratch_bytes": (size, [pointer]),
+        "tp_program_step": (None, [pointer, pointer]),
+        "tp_program_logits": (None, [pointer, integer, integer, pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        getattr(found, name).restype = result
+        getattr(found, name).argtypes = arguments
 
 
 def isa() -> str:
@@ -67,6 +111,4 @@ def runnable_tiers() -> list[str]:
 
 def use_threads(count: int) -> None:
     """Compute with that many threads, the caller's included."""
-    found = library()
-    assert found is not None
-    found.tp_set_threads(count, None)
+    built_library().tp_set_threads(count, None)

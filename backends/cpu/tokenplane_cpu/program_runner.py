@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from tokenplane_core.backend.records import (
     F32,
@@ -22,14 +21,14 @@ from tokenplane_core.backend.records import (
     StepHandle,
     StepOutput,
 )
+from tokenplane_core.backend.sampling import PENALTIES, log_softmax, needs_history
 from tokenplane_core.backend.tables import SlotTables, draws_of
-from tokenplane_torch.module import MOST_SCORED_TOKENS
-from tokenplane_torch.sampler import needs_history
-from tokenplane_torch.slots import PENALTIES, Histories
 
 from .cache import Cache
 from .program import Program
-from .sampler import Drawn, HostSampler
+from .sampler import Drawn, Histories, HostSampler
+
+SCORED_TOKENS = 64  # of a prompt at a time: their logits are as wide as the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +143,15 @@ class ProgramRunner:
         penalised = np.flatnonzero(needs_history(sampling)) if sampling.features & PENALTIES else ()
         if len(penalised) == 0:
             return None
-        slots, lengths = slots[penalised], lengths[penalised].astype(np.int64)
-        token_ids = self._slots.token_ids[slots, : lengths.max()]
-        prompts = self._slots.num_prompt_tokens[slots].astype(np.int64)
-        return Histories(torch.from_numpy(token_ids), torch.from_numpy(lengths), torch.from_numpy(prompts))
+        slots, lengths = slots[penalised], lengths[penalised]
+        return Histories(self._slots.token_ids[slots, : lengths.max()], lengths, self._slots.num_prompt_tokens[slots])
 
     def _logprobs(self, first: int, token_ids: I32) -> F32:
         """f32 [p]: of token_ids[i], by the logits after the step's wanted token first + i."""
-        parts = []
-        for start in range(0, len(token_ids), MOST_SCORED_TOKENS):
-            ids = token_ids[start : start + MOST_SCORED_TOKENS]
-            logits = torch.from_numpy(self.program.logits(first + start, len(ids)))
-            scores = logits.log_softmax(-1).gather(1, torch.from_numpy(ids.astype(np.int64))[:, None])
-            parts.append(scores[:, 0].numpy())
-        return np.concatenate(parts)
+        scores = np.empty(len(token_ids), np.float32)
+        for start in range(0, len(token_ids), SCORED_TOKENS):
+            some = token_ids[start : start + SCORED_TOKENS]
+            logits = self.program.logits(first + start, len(some))
+            for i, (row, token_id) in enumerate(zip(logits, some, strict=True), start):
+                scores[i] = log_softmax(row)[token_id]
+        return scores

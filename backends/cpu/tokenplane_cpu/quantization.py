@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .decoder import Decoder
-from .linear import WeightType
-
-COMPUTED_IN = "bfloat16"
-"""What quantized weights are multiplied with."""
+from .structs import WeightType
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from tokenplane_core.backend.errors import BackendUnavailable, ContractViolation, UnsupportedModel
+from tokenplane_core.backend.errors import BackendUnavailable, ContractViolation, OutOfMemory, UnsupportedModel
 from tokenplane_core.backend.hookspecs import hookimpl
 from tokenplane_core.backend.records import (
     CONTRACT_VERSION,
@@ -37,10 +37,21 @@ from tokenplane_core.backend.records import (
 )
 
 from .device import TorchDevice
+from .failures import as_out_of_memory
 
 if TYPE_CHECKING:
     from .lora import LoraLayers
     from .runner import Runner
+
+
+class Opened(Protocol):
+    """What serving asks of a device; loading takes a TorchDevice."""
+
+    block_tokens: int
+
+    def free_bytes(self) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class TorchBackend(ABC):
@@ -51,7 +62,7 @@ class TorchBackend(ABC):
     version: str  # the distribution's
 
     def __init__(self) -> None:
-        self._device: TorchDevice | None = None
+        self._device: Opened | None = None
         self._runner: Runner | None = None
         self._adapters: LoraLayers | None = None
 
@@ -124,18 +135,32 @@ class TorchBackend(ABC):
 
     @hookimpl
     def kv_alloc(self, layout: KVLayout) -> bool:
-        """Allocate the cache, dropping an earlier one first."""
-        from .startup import allocate_cache
+        """Allocate the cache, dropping an earlier one first.
 
+        Raises:
+            OutOfMemory: there is no cache then.
+        """
         runner, device = self._loaded()
-        allocate_cache(runner, device, layout)
+        block_tokens = device.block_tokens
+        if layout.block_tokens != block_tokens:
+            raise ContractViolation(f"KVLayout.block_tokens is {layout.block_tokens}, declared was {block_tokens}")
+        runner.drop_cache()
+        wanted, free = layout.num_blocks * runner.block_bytes(), device.free_bytes()
+        if wanted > free:
+            raise OutOfMemory(f"a KV cache of {layout.num_blocks} blocks needs {wanted} bytes, {free} are free")
+        with as_out_of_memory(f"a KV cache of {wanted} bytes does not fit"):
+            runner.allocate(layout)
         return True
 
     @hookimpl
     def warmup(self) -> int:
-        from .startup import warm_up
+        """Compile or capture every bucket; how many shapes that were.
 
-        return warm_up(self._loaded()[0])
+        Raises:
+            OutOfMemory: they do not fit beside the cache.
+        """
+        with as_out_of_memory("no memory left to warm up beside the KV cache", "; lower --max-batch-total-tokens"):
+            return self._loaded()[0].warmup()
 
     @hookimpl
     def prefill(self, batch: PrefillBatch, sampling: SamplingBatch) -> StepHandle:
@@ -147,8 +172,6 @@ class TorchBackend(ABC):
 
     @hookimpl
     def adapter_load(self, index: int, adapter: AdapterSpec) -> bool:
-        from .startup import as_out_of_memory
-
         with as_out_of_memory("no memory to load it"):
             self._lora().load(index, adapter)
         return True
@@ -179,7 +202,7 @@ class TorchBackend(ABC):
             raise ContractViolation(f"{self.name}: load() has declared no room for adapters")
         return self._adapters
 
-    def _loaded(self) -> tuple[Runner, TorchDevice]:
+    def _loaded(self) -> tuple[Runner, Opened]:
         if self._runner is None or self._device is None:
             raise ContractViolation(f"{self.name}: load() must come before kv_alloc(), prefill() and decode()")
         return self._runner, self._device

@@ -24,9 +24,10 @@ from tokenplane_core.backend.records import I32, ModelSpec
 from . import attention
 from .attention import AttentionRule
 from .device import TorchDevice
+from .failures import first_line, is_out_of_memory
 from .kernels import AttentionKernels, LayerNeed
 from .kv_cache import LayerShape
-from .loader import OUTSIDE_INTERFACE, first_line, is_out_of_memory, refused
+from .loader import OUTSIDE_INTERFACE, refused
 from .step import PagedStep, plan_step
 
 OBSERVED = attention.NAME + "_observed"  # the same function, but with a mask prepared for it

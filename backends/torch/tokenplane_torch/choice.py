@@ -18,10 +18,10 @@ from torch import Tensor
 from tokenplane_core.backend.errors import ConfigError, UnsupportedModel
 
 from .attention import AttentionRule
-from .device import TorchDevice
+from .device import ONLY, TorchDevice
+from .failures import first_line
 from .kernels import AttentionKernels, LayerNeed, TorchKernels
 from .kv_cache import LayerCache, allocate
-from .loader import first_line
 from .step import StepPlan, plan_step
 
 
@@ -50,10 +50,6 @@ class Chosen:
         if reasons:
             own["attention"] = f"{own.get('attention', 'unnamed')} ({reasons})"
         return own
-
-
-ONLY = "TOKENPLANE_ATTENTION"
-"""Environment variable that names the one candidate to try: for kernels that crash instead of failing."""
 
 
 def choose(candidates: Sequence[Candidate], needs: Sequence[LayerNeed], device: TorchDevice) -> AttentionKernels:

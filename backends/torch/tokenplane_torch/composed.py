@@ -13,10 +13,10 @@ from torch import Tensor
 from .attention import AttentionRule
 from .choice import Candidate, Unavailable
 from .device import TorchDevice
+from .failures import first_line
 from .fixed_kernels import FixedKernels
 from .kernels import AttentionKernels, LayerNeed, TorchKernels
 from .kv_cache import LayerCache
-from .loader import first_line
 from .probing import library
 from .step import Rows
 

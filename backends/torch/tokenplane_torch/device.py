@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from .sampler import Sampler
 
 
+ONLY = "TOKENPLANE_ATTENTION"
+"""Environment variable that names the one candidate for attention kernels to try: for some that crash instead of
+failing."""
+
+
 class TorchDevice(ABC):
     """One opened device. Made in `load`, after torch is there; the attributes are facts and never change.
 

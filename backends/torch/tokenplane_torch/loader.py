@@ -19,6 +19,7 @@ from tokenplane_core.weight_files import stored_weights_bytes
 
 from . import attention
 from .device import TorchDevice
+from .failures import first_line, is_out_of_memory
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 OUTSIDE_INTERFACE = (
@@ -113,19 +114,6 @@ def weights_bytes(module: torch.nn.Module) -> int:
     """Memory of parameters and buffers, tied ones once."""
     tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises its own class on accelerators and a plain RuntimeError on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("allocate memory", "RESOURCE_EXHAUSTED")
-    )
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _config(model: ModelSpec) -> transformers.PreTrainedConfig:

@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 
 from .choice import Unavailable
+from .failures import first_line
 from .kernels import LayerNeed
-from .loader import first_line
 
 
 def library(name: str) -> ModuleType:

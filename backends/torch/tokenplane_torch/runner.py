@@ -30,6 +30,7 @@ from tokenplane_core.backend.records import (
     StepHandle,
     StepOutput,
 )
+from tokenplane_core.backend.sampling import needs_history
 from tokenplane_core.backend.tables import draws_of
 
 from .checks import check_model
@@ -41,7 +42,6 @@ from .lora import AdaptedStep
 from .module import DecoderModule
 from .padded import StepProgram, StepShape, empty_batch, pad_batch, step_shape
 from .readback import StepClock, TorchStep
-from .sampler import needs_history
 from .slots import SlotState
 from .step import PagedStep, plan_step
 

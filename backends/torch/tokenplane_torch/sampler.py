@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenplane_core.backend.records import U32, Bool, SamplingBatch
-from tokenplane_core.backend.sampling import uniforms
+from tokenplane_core.backend.records import U32, SamplingBatch
+from tokenplane_core.backend.sampling import PENALTIES, needs_history, uniforms
 
 from .device import TorchDevice
-from .loader import first_line
-from .slots import PENALTIES, Histories
+from .failures import first_line
+from .slots import Histories
 
 PENALISED_ROWS = 32  # at a time: what counting takes grows with rows times the longest sequence
 NUCLEUS_GUESS = 512  # ids that are enough for top_p nearly always
@@ -64,14 +64,6 @@ class Sampler(Protocol):
     def warm(self, logits: Tensor) -> Iterable[Drawn]:
         """What each program or kernel that must be compiled draws from logits of this shape, one by one."""
         ...
-
-
-def needs_history(batch: SamplingBatch) -> Bool:
-    """bool [n]: rows whose penalties look at earlier tokens."""
-    if not batch.features & PENALTIES:
-        return np.zeros(len(batch), np.bool_)
-    needs: Bool = (batch.repetition_penalty != 1) | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0)
-    return needs
 
 
 _ADJUSTMENTS = PENALTIES | {"logit_bias"}

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from tokenplane_core.backend.records import I32, PAD_BLOCK, KVLayout, StepHead
+from tokenplane_core.backend.sampling import PENALTIES
 
 from .device import TorchDevice
-
-PENALTIES = frozenset({"repetition_penalty", "presence_penalty", "frequency_penalty"})
-"""Where the device does not sample with these, nothing reads the tokens of a prefix hit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ class SlotState:
     def __init__(self, layout: KVLayout, max_model_tokens: int, device: TorchDevice) -> None:
         slots = layout.num_slots + 1
         self._device = device
-        self._keeps_histories = bool(device.sampling.features & PENALTIES)
+        self._keeps_histories = bool(device.sampling.features & PENALTIES)  # else nothing reads a prefix hit's tokens
         self.pad_slot = layout.pad_slot
         self.blocks = np.full((slots, layout.max_blocks_per_sequence), PAD_BLOCK, np.int32)
         self.num_prompt_tokens = np.zeros(slots, np.int32)

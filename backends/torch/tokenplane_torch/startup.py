@@ -1,16 +1,15 @@
-"""What `load` and `kv_alloc` do once a device is open: load, check, measure, allocate."""
+"""What `load` does once a device is open: load, check, measure."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from tokenplane_core.backend.errors import ContractViolation, OutOfMemory
+from tokenplane_core.backend.errors import OutOfMemory
 from tokenplane_core.backend.records import (
     PAD_BLOCK,
     AdapterLimits,
@@ -26,7 +25,8 @@ from tokenplane_core.backend.records import (
 from tokenplane_core.memory import workspace_bytes
 
 from .device import TorchDevice
-from .loader import first_line, is_out_of_memory, load_model
+from .failures import as_out_of_memory, first_line, is_out_of_memory
+from .loader import load_model
 from .lora import LoraLayers
 from .runner import ModelRunner, Runner, checked_runner
 from .sampler import neutral_batch
@@ -145,32 +145,6 @@ def _try_capture(runner: ModelRunner) -> tuple[str, int]:
     return f"decode, {len(buckets)} batch sizes up to {largest.rows}", taken
 
 
-def allocate_cache(runner: Runner, device: TorchDevice, layout: KVLayout) -> None:
-    """Allocate the cache, dropping an earlier one first.
-
-    Raises:
-        OutOfMemory: there is no cache then.
-    """
-    if layout.block_tokens != device.block_tokens:
-        raise ContractViolation(f"KVLayout.block_tokens is {layout.block_tokens}, declared was {device.block_tokens}")
-    runner.drop_cache()
-    wanted, free = layout.num_blocks * runner.block_bytes(), device.free_bytes()
-    if wanted > free:
-        raise OutOfMemory(f"a KV cache of {layout.num_blocks} blocks needs {wanted} bytes, {free} are free")
-    with as_out_of_memory(f"a KV cache of {wanted} bytes does not fit"):
-        runner.allocate(layout)
-
-
-def warm_up(runner: Runner) -> int:
-    """Compile or capture every bucket; how many shapes that were.
-
-    Raises:
-        OutOfMemory: they do not fit beside the cache.
-    """
-    with as_out_of_memory("no memory left to warm up beside the KV cache", "; lower --max-batch-total-tokens"):
-        return runner.warmup()
-
-
 def _measured_workspace(runner: ModelRunner, step_tokens: int, sequences: int, draws: int) -> int | None:
     """Memory that the largest step, or the most draws, take while they run; None where nobody counts.
 
@@ -213,17 +187,6 @@ def _demanding(rows: int) -> SamplingBatch:
         typical_p=np.full(rows, 0.9, np.float32),
         num_logprobs=np.full(rows, 5, np.int32),
     )
-
-
-@contextlib.contextmanager
-def as_out_of_memory(what: str, advice: str = "") -> Iterator[None]:
-    """Inside, torch's many ways to run out of memory become OutOfMemory: what for, torch's own words, advice."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(f"{what}: {first_line(error)}{advice}") from error
 
 
 def _wish(wish: int | None, default: int, most: int) -> int:

@@ -91,3 +91,11 @@ class EngineNotReady(RequestError):
 
 class EngineFailed(RequestError):
     pass
+
+
+def revived(kind: str, message: str, otherwise: type[TokenplaneError]) -> TokenplaneError:
+    """What another process raised, as the class of that name, or as `otherwise` where none takes a message alone."""
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, TokenplaneError) and found is not InvalidRequest:
+        return found(message)
+    return otherwise(message)

@@ -153,6 +153,7 @@ class LoadOptions:
     max_adapters: int = 0  # LoRA adapters to make room for; 0: there will be none, and the model stays as it is
     max_adapter_rank: int = 0  # of the largest of them
     max_drafts: int = 0  # most draft tokens that a row will bring, see PrefillBatch.num_drafts; 0: there will be none
+    own_process: bool = False  # nothing but serving happens in this one: what only loading takes may be had in another
 
 
 # --- What the loaded model can do: Capabilities -------------------------------------------------------------

@@ -32,6 +32,9 @@ import numpy as np
 
 from .records import F32, I32, I64, U32, U64, Bool, SamplingBatch
 
+PENALTIES = frozenset({"repetition_penalty", "presence_penalty", "frequency_penalty"})
+"""The features that look at earlier tokens; who samples without them need keep none."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -96,6 +99,14 @@ def sample(logits: F32, batch: SamplingBatch, histories: Sequence[History]) -> S
     if width < 0:
         return Samples(token_ids, None, None, None)
     return Samples(token_ids, logprobs, top_ids, top_logprobs)
+
+
+def needs_history(batch: SamplingBatch) -> Bool:
+    """bool [n]: rows whose penalties look at earlier tokens."""
+    if not batch.features & PENALTIES:
+        return np.zeros(len(batch), np.bool_)
+    needs: Bool = (batch.repetition_penalty != 1) | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0)
+    return needs
 
 
 def draw(probabilities: F32, u: float) -> int:

@@ -26,8 +26,8 @@ class Started:
     info: EngineInfo
 
 
-def start_backend(config: EngineConfig) -> Started:
-    """Load the model and allocate its cache.
+def start_backend(config: EngineConfig, own_process: bool = False) -> Started:
+    """Load the model and allocate its cache. own_process: see LoadOptions.
 
     Raises:
         BackendError, ConfigError: with the sentence the user should read. The process is to end.
@@ -39,7 +39,8 @@ def start_backend(config: EngineConfig) -> Started:
             log.info("%s", line)
         plan.refuse_the_impossible()
     backend = open_backend(config.backend)
-    capabilities = within_share(backend.load(config.model, _load_options(config)), config.memory_fraction)
+    options = replace(_load_options(config), own_process=own_process)
+    capabilities = within_share(backend.load(config.model, options), config.memory_fraction)
     if config.max_adapters and capabilities.adapters is None:
         backend.close()
         raise ConfigError(

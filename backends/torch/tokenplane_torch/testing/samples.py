@@ -16,7 +16,6 @@ from tokenplane_core.backend import sampling as reference
 from tokenplane_core.backend.records import F32, I32, SamplingBatch, TokenMask
 from tokenplane_core.messages import SamplingParams
 
-from ..sampler import needs_history
 from ..slots import Histories
 from .driver import sampling_batch
 
@@ -49,7 +48,7 @@ class Draws(Protocol):
 
 def padded_histories(batch: SamplingBatch, histories: Sequence[reference.History] | None) -> Histories | None:
     """Those of the penalised rows, as samplers are given them."""
-    penalised = np.flatnonzero(needs_history(batch))
+    penalised = np.flatnonzero(reference.needs_history(batch))
     if histories is None or not len(penalised):
         return None
     mine = [histories[i] for i in penalised.tolist()]
