@@ -35,6 +35,11 @@ class JsonFormatter(logging.Formatter):
         return _encode(line).decode()
 
 
+def is_json() -> bool:
+    """Whether `configure` has chosen JSON for this process."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
 def configure(level: str, json_output: bool) -> None:
     """Send all log records of this process to standard error. An unknown level counts as INFO."""
     level = level.upper()

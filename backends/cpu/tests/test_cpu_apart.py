@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from tokenplane_core.backend.errors import BackendError, ConfigError, OutOfMemor
 from tokenplane_core.backend.records import Capabilities, LoadOptions
 from tokenplane_core.messages import SamplingParams
 from tokenplane_core.model import describe_model
-from tokenplane_cpu import apart, native
+from tokenplane_cpu import apart, native, packed
 from tokenplane_cpu.plugin import CpuBackend
 from tokenplane_torch.testing import Driver, make_checkpoint
 
@@ -66,10 +70,18 @@ def test_it_computes_and_says_what_it_does_when_loaded_here(
 
 
 def test_what_is_no_program_is_loaded_here_after_all(tmp_path: Path) -> None:
-    folder = make_checkpoint("mixtral", tmp_path)
+    folder = make_checkpoint("llama", tmp_path, hidden_act="relu")
     here, there = load(folder, HERE), load(folder, APART)
-    assert there[1].kernels == here[1].kernels and "gated MLP" in there[1].kernels["step"]
+    assert there[1].kernels == here[1].kernels and "the activation of its MLP" in there[1].kernels["step"]
     assert texts(*there) == texts(*here)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_no_process_is_started_for_what_will_be_no_program(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "load_apart", None)
+    assert load(make_checkpoint(family, tmp_path), APART)[1].kernels["step"].startswith("torch")
 
 
 def test_adapters_stay_with_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,14 +100,15 @@ def refusal(folder: Path, options: LoadOptions, **wishes: Any) -> TokenplaneErro
     ("family", "wishes", "kind"),
     [
         ("t5", {}, UnsupportedModel),
-        ("mixtral", {"dtype": "bfloat16", "quantize": "int8"}, UnsupportedModel),
+        ("llama", {"dtype": "bfloat16", "quantize": "int8"}, UnsupportedModel),
         ("llama", {"kv_dtype": "int8"}, ConfigError),
     ],
 )
 def test_a_refusal_is_the_same_as_here(
     family: str, wishes: dict[str, Any], kind: type[TokenplaneError], tmp_path: Path
 ) -> None:
-    folder = make_checkpoint(family, tmp_path)
+    overrides = {"hidden_act": "relu"} if "quantize" in wishes else {}
+    folder = make_checkpoint(family, tmp_path, **overrides)
     here, there = refusal(folder, HERE, **wishes), refusal(folder, APART, **wishes)
     assert type(there) is type(here) is kind
     assert str(there) == str(here)
@@ -118,6 +131,48 @@ def test_a_loader_that_ends_without_a_word_is_an_error(
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(kind, match=words):
         load(folder, APART)
+
+
+def test_a_python_that_cannot_be_started_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint("llama", tmp_path / "model")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(BackendError, match="nowhere cannot be started to load the model"):
+        load(folder, APART)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_weights_that_do_not_fit_here_are_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size_bytes: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(packed, "zeroed_memory", full)
+    with pytest.raises(OutOfMemory, match=r"its packed weights do not fit: .*Cannot allocate memory"):
+        load(make_checkpoint("llama", tmp_path), APART)
+
+
+_PARENT = """
+import os, subprocess, sys, time
+command = [sys.executable, "-m", "tokenplane_cpu.load_process", "1", str(os.getpid() + int(sys.argv[1]))]
+print(subprocess.Popen(command).pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("lie", [0, 1], ids=["with its parent", "whose parent is another already"])
+def test_the_loader_ends(lie: int) -> None:
+    """Its standard input stays open here, so nothing else would end it."""
+    command = [sys.executable, "-c", _PARENT, str(lie)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        loader = int(parent.stdout.readline())
+        if not lie:
+            parent.kill()
+        end_s = time.monotonic() + 60
+        while Path(f"/proc/{loader}").exists() and ") Z " not in Path(f"/proc/{loader}/stat").read_text():
+            assert time.monotonic() < end_s
+            time.sleep(0.02)
+        parent.kill()
 
 
 def test_the_engine_of_a_server_never_loads_torch(tmp_path: Path) -> None:

@@ -14,8 +14,17 @@ PROGRAM = "TOKENPLANE_CPU_PROGRAM"  # 0: plain decoders go through torch, too
 NATIVE = "native"  # as users name the kernels
 
 
+def is_likely_plain(model: ModelSpec) -> bool:
+    """A guess by config.json, for what a wrong guess only makes slower: RMS norms, and no experts."""
+    return "rms_norm_eps" in model.config and not any("expert" in key for key, value in model.config.items() if value)
+
+
 def why_no_program(model: ModelSpec) -> str | None:
-    """A few words for the list of kernels; None: there may be one."""
+    """A few words for the list of kernels; None: there may be one.
+
+    Raises:
+        ConfigError: as native.library.
+    """
     if os.environ.get(PROGRAM, "1") == "0":
         return f"{PROGRAM}=0"
     if native.library() is None:

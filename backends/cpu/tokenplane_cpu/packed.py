@@ -64,7 +64,7 @@ def send_pieces(packed: PackedDecoder, pipe: BinaryIO) -> None:
     """Write the memory of all pieces, one behind the other.
 
     Changes:
-        Memory mappings among the owners are empty afterwards: so no weight is in memory twice for long.
+        Memory mappings among the owners are empty afterwards, so that no large piece is in memory twice for long.
     """
     for piece in packed.pieces:
         pipe.write((ctypes.c_char * piece.size_bytes).from_address(piece.address))

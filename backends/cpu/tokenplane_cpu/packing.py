@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .attention import TYPES
 from .decoder import Decoder, Layer, Norm
 from .linear import SOURCE_TYPES, PackedLinear, Part
+from .memory import address, zeroed_memory
 from .packed import PackedDecoder, Piece
 from .quantization import Form, forms
 from .structs import Activation, AttentionStruct, DecoderStruct, LayerStruct, NormStruct
@@ -47,6 +48,7 @@ def pack(
             for layer in decoder.layers
         ]
         pieces = [weight.result().piece for weight in (head, *(weight for layer in weights for weight in layer))]
+    embedding = None if tied else _copied(decoder.embedding)
     small = _Tensors()
     layers = (LayerStruct * len(decoder.layers))()
     for struct, layer, of_layer in zip(layers, decoder.layers, weights, strict=True):
@@ -55,7 +57,7 @@ def pack(
             setattr(struct, name, weight.result().struct)
     struct = DecoderStruct(
         head=head.result().struct,
-        embedding=None if tied else small.address(decoder.embedding.detach().clone()),
+        embedding=None if embedding is None else embedding.address,
         norm=small.norm(decoder.norm),
         embedding_scale=decoder.embedding_scale,
         residual_scale=decoder.residual_scale,
@@ -68,7 +70,15 @@ def pack(
         max_tokens=max_tokens,
         max_keys=len(decoder.layers[0].rotary[0]),
     )
+    if embedding is not None:
+        pieces.append(embedding)
     return PackedDecoder(struct, layers, str(form), [*pieces, *small.pieces()])
+
+
+def _copied(tensor: Tensor) -> Piece:
+    memory = zeroed_memory(tensor.nbytes)
+    torch.frombuffer(memory, dtype=tensor.dtype).copy_(tensor.detach().flatten())
+    return Piece(address(memory), tensor.nbytes, memory)
 
 
 class _Tensors:
@@ -79,7 +89,9 @@ class _Tensors:
 
     def address(self, tensor: Tensor) -> int:
         tensor = tensor.contiguous()
-        self._kept[tensor.data_ptr()] = tensor
+        kept = self._kept.get(tensor.data_ptr())
+        if kept is None or kept.nbytes < tensor.nbytes:
+            self._kept[tensor.data_ptr()] = tensor
         return tensor.data_ptr()
 
     def norm(self, norm: Norm | None) -> NormStruct:

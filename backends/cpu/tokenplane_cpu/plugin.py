@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 class CpuBackend(TorchBackend):
     name, version = "cpu", __version__
 
-    def __init__(self) -> None:
+    def __init__(self, programs_only: bool = False) -> None:
+        """programs_only: `load` raises decoder.NotPlain where there is no native program for a model."""
         super().__init__()
+        self._programs_only = programs_only
         self._no_program: str | None = None  # why the model at hand runs through torch
 
     @hookimpl
@@ -31,9 +33,9 @@ class CpuBackend(TorchBackend):
         """As in the contract; in an engine's own process, all that needs torch happens in another where it can."""
         self._no_program = None
         if options.own_process and not options.max_adapters:
-            from .conditions import why_no_program
+            from .conditions import is_likely_plain, why_no_program
 
-            if why_no_program(model) is None:
+            if why_no_program(model) is None and is_likely_plain(model):
                 return self._load_apart(model, options)
         return super().load(model, options)
 
@@ -51,4 +53,5 @@ class CpuBackend(TorchBackend):
     def open_device(self, device: Device, options: LoadOptions) -> TorchDevice:
         from .host import HostDevice
 
-        return HostDevice(options.num_threads or default_threads(), no_program=self._no_program)
+        threads = options.num_threads or default_threads()
+        return HostDevice(threads, programs_only=self._programs_only, no_program=self._no_program)

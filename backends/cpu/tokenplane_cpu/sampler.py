@@ -59,6 +59,7 @@ class HostSampler:
 
         Raises:
             BackendError: the logits of a row are nothing to draw from: all NaN or -inf, or one of them inf.
+            ContractViolation: a row wants more log-probabilities than CAPABILITIES says.
         """
         rows, vocab = logits.shape
         most_logprobs = int(batch.num_logprobs.max(initial=-1))

@@ -202,6 +202,14 @@ class TorchBackend(ABC):
             raise ContractViolation(f"{self.name}: load() has declared no room for adapters")
         return self._adapters
 
+    def loaded_runner(self) -> Runner:
+        """What runs the loaded model; for who built it.
+
+        Raises:
+            ContractViolation: nothing is loaded.
+        """
+        return self._loaded()[0]
+
     def _loaded(self) -> tuple[Runner, Opened]:
         if self._runner is None or self._device is None:
             raise ContractViolation(f"{self.name}: load() must come before kv_alloc(), prefill() and decode()")

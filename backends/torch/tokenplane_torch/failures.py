@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 
@@ -14,10 +15,12 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises its own class on accelerators and a plain RuntimeError on the host."""
+    """torch raises its own class on accelerators and a plain RuntimeError on the host; mappings raise an OSError."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in ("allocate memory", "RESOURCE_EXHAUSTED")
     )

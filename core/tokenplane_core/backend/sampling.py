@@ -119,7 +119,7 @@ def draw(probabilities: F32, u: float) -> int:
 def log_softmax(logits: F32) -> F32:
     """f32 [vocab] -> f32 [vocab]; -inf stays -inf."""
     shifted = logits - logits.max()
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         scores: F32 = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
     return scores
 
