@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ from .decoder import NoProducts, NotPlain, read_decoder, watched
 from .device import COMPUTED_IN, headroom_bytes, read_memory
 from .module_sampler import ModuleSampler
 from .packing import pack
-from .positions import require_same_at_all_positions
+from .positions import as_turned
 from .program import Program
 from .program_runner import ProgramRunner
 from .quantization import computing_as_stored, forms
@@ -102,7 +103,7 @@ class HostDevice(TorchDevice):
         with watched(module) as seen, NoProducts():
             needs = survey(module, model)
         decoder = read_decoder(module, seen, needs, model.max_model_tokens)
-        require_same_at_all_positions(module, model.max_model_tokens)
+        decoder = replace(decoder, layers=as_turned(module, decoder.layers, model.max_model_tokens))
         max_tokens = max(step_tokens, 2 * self.block_tokens)  # the trial below has more than a block's
         program = Program(pack(decoder, model.dtype, max_tokens, self._num_threads, model.quantize, model.kv_dtype))
         cache = Cache(program.block_bytes())

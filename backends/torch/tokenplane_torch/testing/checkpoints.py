@@ -44,6 +44,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 5.0}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 9, "layer_types": _MIXED_LAYERS}),
     "phi3": ("Phi3Config", {}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
     "gpt_neox": ("GPTNeoXConfig", {}),
     "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
     "gpt2": ("GPT2Config", {}),
