@@ -4,13 +4,14 @@
 
 #include "isa.h"
 #include "kernels/attention.h"
+#include "stop.h"
 
 namespace tp {
 namespace {
 
 constexpr int kTaskQueries = 48;    // enough to read keys and values seldom, few enough for the second-level cache
 constexpr int kTasksPerThread = 3;  // with fewer, tasks are cut into spans
-constexpr int kRunsPerThread = 6;    // runs of spans, then
+constexpr int kRunsPerThread = 6;   // runs of spans, then
 constexpr int kWriteTokens = 16;
 
 int task_tokens(const tp_attention& layer) { return std::max(1, kTaskQueries / group_heads(layer)); }
@@ -44,7 +45,7 @@ class Tasks {
   }
 
   static void advance(tp_token_rows& rows, int64_t tokens) {
-    rows.data = static_cast<uint8_t*>(rows.data) + tokens * rows.stride * (rows.type == TP_F32 ? 4 : 2);
+    rows.data = static_cast<uint8_t*>(rows.data) + tokens * rows.stride * int64_t(element_bytes(rows.type));
   }
 
   const tp_attention& layer_;
@@ -118,6 +119,12 @@ bool few(int tasks, int threads) { return threads > 1 && tasks < kTasksPerThread
 
 }  // namespace
 
+bool is_attention(const tp_attention& layer) {
+  return layer.kv_heads > 0 && layer.heads > 0 && layer.heads % layer.kv_heads == 0 && layer.key_dim > 0 &&
+         layer.value_dim > 0 && layer.window >= 0 &&
+         (layer.type == TP_F32 || layer.type == TP_BF16 || layer.type == TP_INT8);
+}
+
 size_t key_block_bytes(const tp_attention& layer) { return key_head_bytes(layer) * layer.kv_heads; }
 
 size_t value_block_bytes(const tp_attention& layer) { return value_head_bytes(layer) * layer.kv_heads; }
@@ -166,6 +173,7 @@ TP_API void tp_write_kv(const tp_attention* layer, const tp_token_rows* keys, co
 
 TP_API void tp_attend(const tp_attention* layer, const tp_attention_rows* rows, const tp_token_rows* query,
                       const tp_token_rows* out, void* workspace) {
+  tp::require(tp::is_attention(*layer), "tp_attend", "heads are no multiple of KV heads, or no cache has the type");
   tp::pool().run([&](tp::Team& team) { tp::attend(team, *layer, *rows, *query, *out, workspace); });
 }
 }

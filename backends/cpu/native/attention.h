@@ -13,6 +13,9 @@
 
 namespace tp {
 
+// Whether there is such attention: its heads share KV heads, and its cache is of a type that there is.
+bool is_attention(const tp_attention& layer);
+
 // Bytes of one block of the cache, over all its heads.
 size_t key_block_bytes(const tp_attention& layer);
 size_t value_block_bytes(const tp_attention& layer);

@@ -12,17 +12,17 @@
 
 namespace tp {
 
-using LinearWeight = tp_linear_weight;
-using LinearOutput = tp_linear_output;
+// Bytes of memory of a packed weight with its scales and bias.
+size_t linear_packed_bytes(const tp_linear_weight& weight);
 
 // Bytes that linear() needs as workspace for that many rows, 64-byte aligned. May be 0.
-size_t linear_workspace_bytes(const LinearWeight& weight, int rows);
+size_t linear_workspace_bytes(const tp_linear_weight& weight, int rows);
 
 // out = epilogue(input x weight^T + bias) for all rows. Every thread of the team calls it; ends with a barrier.
 //
 // input: [rows, weight.inputs], float for weights of floats and bf16 for all others; row r begins input_stride
 // elements after row r - 1. workspace: linear_workspace_bytes of memory, shared by the threads.
-void linear(Team& team, const LinearWeight& weight, const void* input, int64_t input_stride, int rows,
-            const LinearOutput& out, void* workspace);
+void linear(Team& team, const tp_linear_weight& weight, const void* input, int64_t input_stride, int rows,
+            const tp_linear_output& out, void* workspace);
 
 }  // namespace tp

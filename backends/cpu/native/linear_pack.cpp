@@ -6,45 +6,12 @@
 #include <vector>
 
 #include "kernels/linear.h"
+#include "linear.h"
+#include "stop.h"
 #include "tokenplane_cpu.h"
 
 namespace tp {
 namespace {
-
-float from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t to_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-float from_bf16(uint16_t half) { return from_bits(uint32_t(half) << 16); }
-
-uint16_t to_bf16(float value) {
-  const uint32_t bits = to_bits(value);
-  if (value != value) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float from_f16(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
-  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | rest << 13);
-  // Moves the bits to a float's place, then mends the exponent's bias: exact, denormal numbers included.
-  return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
-}
-
-float element(const void* source, int type, size_t at) {
-  switch (type) {
-    case TP_F32: return static_cast<const float*>(source)[at];
-    case TP_BF16: return from_bf16(static_cast<const uint16_t*>(source)[at]);
-    default: return from_f16(static_cast<const uint16_t*>(source)[at]);
-  }
-}
 
 uint8_t* block_values(const tp_linear_weight& w, int block) {
   return static_cast<uint8_t*>(w.values) + block * block_bytes(w);
@@ -52,15 +19,15 @@ uint8_t* block_values(const tp_linear_weight& w, int block) {
 
 // Writes input k of column c (of 32) into a block; value: as the type stores it.
 void put_int8(uint8_t* block, int c, int k, int value) {
-  const int half = c / 16, lane = c % 16 / 4;
+  const int half = c / kHalfColumns, lane = c % kHalfColumns / 4;
   block[k / 2 * 64 + lane * 16 + half * 8 + c % 4 * 2 + k % 2] = uint8_t((value < 0 ? 0x80 : 0) | std::abs(value));
 }
 
 void put_int4(uint8_t* block, int c, int k, int value) {
   uint16_t word;
-  uint8_t* at = block + k / 4 * 64 + (c % 16 * 2 + k % 2) * 2;
+  uint8_t* at = block + k / 4 * 64 + (c % kHalfColumns * 2 + k % 2) * 2;
   memcpy(&word, at, 2);
-  const int shift = k / 2 % 2 * 8 + c / 16 * 4;
+  const int shift = k / 2 % 2 * 8 + c / kHalfColumns * 4;
   word = uint16_t((word & ~(15 << shift)) | (value + kInt4Zero) << shift);
   memcpy(at, &word, 2);
 }
@@ -102,8 +69,9 @@ void pack_plain(const tp_linear_weight& w, int column, const float* row) {
   const int c = column % kBlockColumns;
   uint8_t* block = block_values(w, column / kBlockColumns);
   for (int k = 0; k < w.inputs; ++k) {
-    if (w.type == TP_F32) reinterpret_cast<float*>(block)[k * kBlockColumns + c] = row[k];
-    else reinterpret_cast<uint16_t*>(block)[(k / 2 * kBlockColumns + c) * 2 + k % 2] = to_bf16(row[k]);
+    const size_t at = plain_place(w, c, k);
+    if (w.type == TP_F32) reinterpret_cast<float*>(block)[at] = row[k];
+    else reinterpret_cast<uint16_t*>(block)[at] = to_bf16(row[k]);
   }
 }
 
@@ -114,8 +82,7 @@ struct Parts {
 
 Parts parts_of(const tp_linear_weight& w) {
   const size_t values = size_t(column_blocks(w)) * block_bytes(w), columns = size_t(column_blocks(w)) * kBlockColumns;
-  const bool is_quantized = w.type == TP_INT8 || w.type == TP_INT4;
-  const size_t scales = !is_quantized ? 0 : w.group ? columns * input_groups(w) * 2 : columns * 4;
+  const size_t scales = !is_quantized(w) ? 0 : w.group ? columns * input_groups(w) * 2 : columns * 4;
   return {values, values + scales, values + scales + columns * 4};
 }
 
@@ -126,16 +93,23 @@ tp_linear_weight described(int type, int outputs, int inputs, int group, int gat
   w.inputs = inputs;
   w.group = group;
   w.gated = gated;
+  require(type == TP_F32 || type == TP_BF16 || is_quantized(w), "a packed weight", "of no type that it may have");
+  require(outputs > 0 && inputs > 0, "a packed weight", "without outputs or inputs");
+  require(group >= 0 && group % kInputPadding == 0, "a packed weight", "group is no multiple of 32");
+  require(!gated || outputs % 2 == 0, "a packed weight", "gated, and an odd number of outputs");
   return w;
 }
 
 }  // namespace
+
+size_t linear_packed_bytes(const tp_linear_weight& weight) { return parts_of(weight).end; }
+
 }  // namespace tp
 
 extern "C" {
 
 TP_API size_t tp_linear_packed_bytes(int type, int outputs, int inputs, int group, int gated) {
-  return tp::parts_of(tp::described(type, outputs, inputs, group, gated)).end;
+  return tp::linear_packed_bytes(tp::described(type, outputs, inputs, group, gated));
 }
 
 TP_API void tp_linear_prepare(tp_linear_weight* weight, void* memory, int type, int outputs, int inputs, int group,
@@ -144,13 +118,15 @@ TP_API void tp_linear_prepare(tp_linear_weight* weight, void* memory, int type, 
   const tp::Parts parts = tp::parts_of(*weight);
   char* at = static_cast<char*>(memory);
   weight->values = at;
-  if (type != TP_INT8 && type != TP_INT4) return;
+  if (!tp::is_quantized(*weight)) return;
   if (group) weight->scales = reinterpret_cast<uint16_t*>(at + parts.scales);
   else weight->output_scales = reinterpret_cast<float*>(at + parts.scales);
 }
 
 TP_API void tp_linear_pack(tp_linear_weight* weight, int first, int count, const void* source, const void* bias,
                            int source_type) {
+  tp::require(first >= 0 && count >= 0 && count <= weight->outputs - first, "tp_linear_pack",
+              "outputs that the weight does not have");
   std::vector<float> row(weight->inputs);
   if (bias && !weight->bias)
     weight->bias = reinterpret_cast<float*>(static_cast<char*>(weight->values) + tp::parts_of(*weight).bias);
@@ -158,8 +134,8 @@ TP_API void tp_linear_pack(tp_linear_weight* weight, int first, int count, const
     for (int k = 0; k < weight->inputs; ++k)
       row[k] = tp::element(source, source_type, size_t(i) * weight->inputs + k);
     const int column = tp::column_of(*weight, first + i);
-    if (weight->type == TP_F32 || weight->type == TP_BF16) tp::pack_plain(*weight, column, row.data());
-    else tp::pack_quantized(*weight, column, row.data());
+    if (tp::is_quantized(*weight)) tp::pack_quantized(*weight, column, row.data());
+    else tp::pack_plain(*weight, column, row.data());
     if (bias) weight->bias[column] = tp::element(bias, source_type, i);
   }
 }

@@ -1,18 +1,17 @@
 #include "program.h"
 
-#include <errno.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <new>
 
 #include "attention.h"
 #include "embedding.h"
-#include "isa.h"
 #include "kernels/attention.h"
+#include "kernels/linear.h"
 #include "kernels/pointwise.h"
 #include "linear.h"
+#include "program_check.h"
 #include "stop.h"
 
 namespace tp {
@@ -23,11 +22,7 @@ constexpr size_t kSmallStepBytes = 2 << 20;
 constexpr int kTokensPerItem = 8;
 constexpr int kFewRows = 8;
 
-size_t packed_bytes(const tp_linear_weight& w) {
-  return tp_linear_packed_bytes(w.type, w.outputs, w.inputs, w.group, w.gated);
-}
-
-size_t input_element_bytes(const tp_linear_weight& w) { return w.type == TP_F32 ? 4 : 2; }
+size_t input_bytes(const tp_linear_weight& w) { return element_bytes(input_type(w)); }
 
 // Calls body(i) for 0 <= i < count, each once; ends with a barrier.
 template <class Body>
@@ -41,32 +36,17 @@ void share_rows(Team& team, int count, Body&& body) {
 
 // --- Memory ---------------------------------------------------------------------------------------------------------
 
-void Scratch::allocate(size_t bytes) {
-  release();
-  bytes_ = std::max<size_t>(bytes, 1);
-  memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  // Mostly it is address space that is short; memory, too, where the system promises no more than it has
-  // (vm.overcommit_memory=2), for MAP_NORESERVE means nothing then.
-  if (memory_ == MAP_FAILED) stop("no memory for a program", strerror(errno));
-}
-
-Scratch::~Scratch() { release(); }
-
-void Scratch::release() {
-  if (memory_) munmap(memory_, bytes_);
-}
-
-Program::Program(const tp_decoder& decoder) : decoder_(decoder), weight_bytes_(packed_bytes(decoder.head)) {
+Program::Program(const tp_decoder& decoder) : decoder_(decoder), weight_bytes_(linear_packed_bytes(decoder.head)) {
+  check(decoder);
   const size_t tokens = decoder.max_tokens, hidden = decoder.hidden;
   size_t qkv = 0, attended = 0, gated = 0;
   for (int i = 0; i < decoder.num_layers; ++i) {
     const tp_layer& layer = decoder.layers[i];
-    if (2 * layer.rotary_pairs > layer.attention.key_dim) stop("a decoder", "rotary_pairs is more than key_dim / 2");
     qkv = std::max<size_t>(qkv, layer.qkv.outputs);
     attended = std::max<size_t>(attended, layer.out.inputs);
     gated = std::max<size_t>(gated, layer.down.inputs);
     for (const tp_linear_weight* weight : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
-      weight_bytes_ += packed_bytes(*weight);
+      weight_bytes_ += linear_packed_bytes(*weight);
   }
   for (Scratch* scratch : {&first_tokens_, &positions_}) scratch->allocate(tokens * sizeof(int32_t));
   cache_index_.allocate(tokens * sizeof(int64_t));
@@ -109,6 +89,7 @@ void Program::run(int tokens, Body&& body) {
 }
 
 void Program::step(const tp_step& step) {
+  check(decoder_, step);
   place_tokens(step);
   num_wanted_ = step.num_wanted;
   run(step.tokens, [&](Team& team) {
@@ -129,6 +110,8 @@ void Program::step(const tp_step& step) {
 }
 
 void Program::logits(int first, int count, float* out) {
+  require(first >= 0 && count >= 0 && count <= num_wanted_ - first, "tp_program_logits",
+          "of tokens that the last step did not want");
   run(count, [&](Team& team) { head(team, first, count, out); });
 }
 
@@ -163,8 +146,8 @@ void Program::attention(Team& team, const tp_layer& layer, const tp_step& step) 
   });
   const tp_attention_rows rows{first_tokens_.as<int32_t>(), step.num_new, step.context_lens, step.tables, step.slots,
                                step.table_stride, step.rows};
-  const int type = layer.out.type == TP_F32 ? TP_F32 : TP_BF16;
-  attend(team, a, rows, {queries, width, TP_F32}, {attended_.as<void>(), layer.out.inputs, type}, workspace_.as<void>());
+  const tp_token_rows results{attended_.as<void>(), layer.out.inputs, input_type(layer.out)};
+  attend(team, a, rows, {queries, width, TP_F32}, results, workspace_.as<void>());
 }
 
 // Norms and rotary embedding of a token's queries and keys, in place.
@@ -180,13 +163,12 @@ void Program::turn(const tp_layer& layer, int token) {
   normalize(layer.query_norm, queries, a.heads * a.key_dim);
   normalize(layer.key_norm, keys, a.kv_heads * a.key_dim);
   const size_t at = size_t(positions_.as<int32_t>()[token]) * layer.rotary_pairs;
-  kernel.rotary(queries, a.heads + a.kv_heads, a.key_dim, layer.cosines + at, layer.sines + at, layer.rotary_pairs,
-                layer.interleaved);
+  kernel.rotary(queries, a.heads + a.kv_heads, a.key_dim, layer.cosines + at, layer.sines + at, layer.rotary_pairs);
 }
 
 // The last layer's output matters for the wanted tokens only: gathers what they have so far.
 Program::Rows Program::keep_wanted(Team& team, const tp_layer& layer, const tp_step& step) {
-  const size_t hidden = decoder_.hidden * sizeof(float), width = layer.out.inputs * input_element_bytes(layer.out);
+  const size_t hidden = decoder_.hidden * sizeof(float), width = layer.out.inputs * input_bytes(layer.out);
   share_rows(team, step.num_wanted, [&](int i) {
     const size_t from = step.wanted[i];
     memcpy(wanted_.as<char>() + i * hidden, residual_.as<char>() + from * hidden, hidden);
@@ -216,13 +198,14 @@ void Program::head(Team& team, int first, int count, float* out) {
 // The rows through the norm, as `reader` reads them. Of few rows each thread makes its own copy: meeting takes longer.
 const void* Program::normed(Team& team, const tp_norm& norm, Rows rows, const tp_linear_weight& reader) {
   const PointwiseKernels& kernel = *kernels().pointwise;
-  const int hidden = decoder_.hidden, type = reader.type == TP_F32 ? TP_F32 : TP_BF16;
+  const int hidden = decoder_.hidden, type = input_type(reader);
   if (!norm.weight && type == TP_F32) return rows.data;
   const bool few = rows.count <= kFewRows;
-  char* to = few ? few_normed_.as<char>() + size_t(team.thread) * kFewRows * hidden * sizeof(float) : normed_.as<char>();
+  char* to = normed_.as<char>();
+  if (few) to = few_normed_.as<char>() + size_t(team.thread) * kFewRows * hidden * sizeof(float);
   const auto one = [&](int i) {
     const float* row = rows.data + size_t(i) * hidden;
-    char* out = to + size_t(i) * hidden * input_element_bytes(reader);
+    char* out = to + size_t(i) * hidden * input_bytes(reader);
     if (norm.weight) kernel.rms_norm(out, type, row, norm.weight, norm.eps, hidden);
     else kernel.to_bf16(reinterpret_cast<uint16_t*>(out), row, hidden);
   };

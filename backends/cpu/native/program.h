@@ -8,31 +8,11 @@
 #include <stdint.h>
 
 #include "isa.h"
+#include "scratch.h"
 #include "team.h"
 #include "tokenplane_cpu.h"
 
 namespace tp {
-
-// Memory that is committed when first used, freed with the object or when other memory is allocated.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  ~Scratch();
-  void allocate(size_t bytes);  // what it had is lost
-  size_t bytes() const { return bytes_; }
-
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(memory_);
-  }
-
- private:
-  void release();
-
-  void* memory_ = nullptr;
-  size_t bytes_ = 0;
-};
 
 class Program {
  public:
@@ -67,7 +47,7 @@ class Program {
 
   const tp_decoder decoder_;
   size_t weight_bytes_;  // that a token passes through
-  int num_wanted_ = 0;
+  int num_wanted_ = 0;                // of the last step
   int threads_ = 0;                   // that few_normed_ and workspace_ are for
   const Kernels* kernels_ = nullptr;  // the same
   Scratch first_tokens_, positions_, cache_index_;  // of the step's rows and tokens

@@ -12,4 +12,8 @@ namespace tp {
   abort();
 }
 
+inline void require(bool holds, const char* what, const char* why) {
+  if (!holds) stop(what, why);
+}
+
 }  // namespace tp

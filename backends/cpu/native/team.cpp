@@ -1,8 +1,6 @@
 #include "team.h"
 
 #include <linux/futex.h>
-#include <pthread.h>
-#include <sched.h>
 #include <stdint.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -29,13 +27,6 @@ inline void pause() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
-}
-
-void bind_to(int cpu) {
-  cpu_set_t cpus;
-  CPU_ZERO(&cpus);
-  CPU_SET(cpu, &cpus);
-  pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus);  // a hint: without it the system places the thread
 }
 
 // A value that threads wait on: they look for a while, then sleep until its upper 32 bits change.
@@ -140,11 +131,10 @@ void Team::wait_for_others() {
   pool_.state_->ticket.wait([this](uint64_t now) { return now >> 32 > operation_; });
 }
 
-Pool::Pool(int threads, const int* cpus) : state_(new State) {
+Pool::Pool(int threads) : state_(new State) {
   state_->threads = std::max(1, threads);
   state_->inside.value.store(kClosed);
-  const auto work = [this](int thread, int cpu) {
-    if (cpu >= 0) bind_to(cpu);
+  const auto work = [this](int thread) {
     for (uint32_t seen = 0;;) {
       seen = state_->tasks.wait([seen](uint32_t now) { return now != seen; });
       if (state_->stopping.load(std::memory_order_acquire)) return;
@@ -155,7 +145,7 @@ Pool::Pool(int threads, const int* cpus) : state_(new State) {
     }
   };
   try {
-    for (int i = 1; i < state_->threads; ++i) state_->workers.emplace_back(work, i, cpus ? cpus[i] : -1);
+    for (int i = 1; i < state_->threads; ++i) state_->workers.emplace_back(work, i);
   } catch (const std::system_error& error) {
     stop("the system starts no more threads", error.what());
   }
@@ -182,14 +172,13 @@ std::unique_ptr<Pool> the_pool;
 }
 
 Pool& pool() {
-  if (!the_pool) the_pool.reset(new Pool(1, nullptr));
+  if (!the_pool) the_pool.reset(new Pool(1));
   return *the_pool;
 }
 
 }  // namespace tp
 
-extern "C" TP_API void tp_set_threads(int threads, const int* cpus) {
+extern "C" TP_API void tp_set_threads(int threads) {
   tp::the_pool.reset();
-  tp::the_pool.reset(new tp::Pool(threads, cpus));
-  if (cpus) tp::bind_to(cpus[0]);
+  tp::the_pool.reset(new tp::Pool(threads));
 }

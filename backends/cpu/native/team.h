@@ -59,9 +59,7 @@ class Pool {
  public:
   using Task = void (*)(void* context, Team& team);
 
-  // threads counts the caller. cpus[threads]: the CPU each is bound to, or null to leave that to the system. Not so the
-  // caller's own thread, which is the first: it stays as it is, and tp_set_threads binds it.
-  Pool(int threads, const int* cpus);
+  explicit Pool(int threads);  // counts the caller's, which is the first
   ~Pool();
   Pool(const Pool&) = delete;
 

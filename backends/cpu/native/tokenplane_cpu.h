@@ -1,7 +1,8 @@
 // The C interface: all that Python calls. Plain pointers, sizes and structs, so that it needs no headers of anyone's.
 //
 // Functions compute with the threads of tp_set_threads and may not be called by two threads at once. Unless said
-// otherwise arrays are dense and row-major; bf16 is passed as uint16_t.
+// otherwise arrays are dense and row-major; bf16 is passed as uint16_t. Sizes that contradict each other stop the
+// process with a message.
 #pragma once
 
 #include <stddef.h>
@@ -15,7 +16,7 @@ extern "C" {
 
 // The number of this interface, which Python compares with its own before anything else (native.py). It goes up with
 // every change of a struct's layout or of a function's parameters.
-enum { TP_ABI = 2 };
+enum { TP_ABI = 3 };
 TP_API int tp_abi(void);
 
 // Best tier of instruction sets that this machine and operating system can run: "generic", "avx2", "avx512",
@@ -28,35 +29,34 @@ TP_API const char* tp_isa(void);
 // Use another tier, for tests. 0, or -1 if this machine cannot run it or does not know it.
 TP_API int tp_set_isa(const char* name);
 
-// Compute with that many threads, the caller's included. cpus[threads] binds each to a CPU, the calling thread to
-// cpus[0]; null binds nothing. Ends the threads of an earlier call. Where the system gives no more threads, the process
-// stops with a message.
-TP_API void tp_set_threads(int threads, const int* cpus);
+// Compute with that many threads, the caller's included, on whichever CPUs the system places them. Ends the threads of
+// an earlier call. Where the system gives no more threads, the process stops with a message.
+TP_API void tp_set_threads(int threads);
 
 // --- Linear layers (linear.h) ---------------------------------------------------------------------------------------
 
-enum { TP_F32 = 0, TP_BF16 = 1, TP_INT8 = 2, TP_INT4 = 3, TP_F16 = 4 };                // element types
-enum { TP_STORE = 0, TP_ADD = 1, TP_GATED = 2 };                                       // epilogues
-enum { TP_SILU = 0, TP_GELU = 1, TP_GELU_TANH = 2 };                                   // activations
+enum { TP_F32 = 0, TP_BF16 = 1, TP_INT8 = 2, TP_INT4 = 3, TP_F16 = 4 };  // element types
+enum { TP_STORE = 0, TP_ADD = 1, TP_GATED = 2 };                         // epilogues
+enum { TP_SILU = 0, TP_GELU = 1, TP_GELU_TANH = 2 };                     // activations
 
 // A packed weight. Quantized ones are symmetric: weight = value * scale, with a scale for each output and group.
 typedef struct {
   void* values;
-  uint16_t* scales;  // bf16, or null where the weight is not quantized in groups
+  uint16_t* scales;      // bf16, or null where the weight is not quantized in groups
   float* output_scales;  // for each output, where it is quantized and has no groups; or null
-  float* bias;       // or null
-  int32_t type;      // TP_F32, TP_BF16, TP_INT8 or TP_INT4
-  int32_t outputs;   // of the matrix: a gated weight has the gate's and the up projection's
+  float* bias;           // or null
+  int32_t type;          // TP_F32, TP_BF16, TP_INT8 or TP_INT4
+  int32_t outputs;       // of the matrix: a gated weight has the gate's and the up projection's
   int32_t inputs;
-  int32_t group;     // inputs that share a scale, a multiple of 32; 0: all of them
-  int32_t gated;     // outputs [0, outputs/2) are the gate's, the others the up projection's
+  int32_t group;         // inputs that share a scale, a multiple of 32; 0: all of them
+  int32_t gated;         // outputs [0, outputs/2) are the gate's, the others the up projection's
 } tp_linear_weight;
 
 // What becomes of a row's sums. stride: elements between the beginnings of two rows.
 typedef struct {
-  void* data;          // TP_STORE, TP_ADD: float. TP_GATED: float for weights of floats, else bf16, [rows, outputs / 2]
+  void* data;  // TP_STORE, TP_ADD: float. TP_GATED: float for weights of floats, else bf16, [rows, outputs / 2]
   int64_t stride;
-  int32_t epilogue;    // TP_STORE: =; TP_ADD: +=; TP_GATED: activation(gate) * up, for gated weights only
+  int32_t epilogue;  // TP_STORE: =; TP_ADD: +=; TP_GATED: activation(gate) * up, for gated weights and only for them
   int32_t activation;
 } tp_linear_output;
 
@@ -73,10 +73,11 @@ TP_API void tp_linear_prepare(tp_linear_weight* weight, void* memory, int type, 
 TP_API void tp_linear_pack(tp_linear_weight* weight, int first, int count, const void* source, const void* bias,
                            int source_type);
 
-// linear_workspace_bytes.
+// Bytes that tp_linear needs as workspace for that many rows, 64-byte aligned. May be 0.
 TP_API size_t tp_linear_workspace_bytes(const tp_linear_weight* weight, int rows);
 
-// One linear() with the threads of tp_set_threads.
+// out = epilogue(input x weight^T + bias). input: [rows, weight->inputs], float for weights of floats and bf16 for all
+// others; input_stride: elements between the beginnings of two rows.
 TP_API void tp_linear(const tp_linear_weight* weight, const void* input, int64_t input_stride, int rows,
                       const tp_linear_output* out, void* workspace);
 
@@ -118,6 +119,7 @@ typedef struct {
   int32_t rows;
 } tp_attention_rows;
 
+// What each does: the function of its name in attention.h.
 TP_API size_t tp_key_block_bytes(const tp_attention* layer);
 TP_API size_t tp_value_block_bytes(const tp_attention* layer);
 TP_API size_t tp_attention_workspace_bytes(const tp_attention* layer, int most_keys);
@@ -131,7 +133,7 @@ TP_API void tp_attend(const tp_attention* layer, const tp_attention_rows* rows, 
 enum { TP_MOST_LOGPROBS = 1024 };
 
 // Rows to draw a token for; the meaning of each field is that of tokenplane_core's SamplingBatch. Pointers that are
-// null stand for a feature that no row uses.
+// null stand for a feature that no row uses. Biased and former ids that the vocabulary lacks count for nothing.
 typedef struct {
   const float* logits;  // [rows, stride]
   int64_t stride;
@@ -148,7 +150,7 @@ typedef struct {
   const float* typical_p;
   const float* min_p;
   const float* uniforms;  // [rows] in [0, 1)
-  const int32_t* num_logprobs;         // [rows] -1: none; at most TP_MOST_LOGPROBS
+  const int32_t* num_logprobs;        // [rows] -1: none; at most TP_MOST_LOGPROBS and width
   const uint8_t* processed_logprobs;  // [rows] 1: of the distribution drawn from
   const float* repetition_penalty;    // [rows]
   const float* presence_penalty;
@@ -165,6 +167,7 @@ typedef struct {
   int32_t width;
 } tp_sampling;
 
+// What each does: the function of its name in sampling.h.
 TP_API size_t tp_sampling_workspace_bytes(int vocab);
 TP_API void tp_sample(const tp_sampling* rows, void* workspace);
 
@@ -183,10 +186,9 @@ typedef struct {
   tp_linear_weight qkv, out, gate_up, down;  // gate_up is gated
   tp_norm input_norm, attention_norm, mlp_norm, output_norm;
   tp_norm query_norm, key_norm;  // of one head's size, else of all heads together
-  const float* cosines;          // [positions, rotary_pairs]
+  const float* cosines;          // [max_keys, rotary_pairs]
   const float* sines;
-  int32_t rotary_pairs;  // at most key_dim / 2; 0: no rotary embedding
-  int32_t interleaved;   // 0: dimension i of a head turns with i + rotary_pairs; 1: 2i with 2i + 1
+  int32_t rotary_pairs;  // at most key_dim / 2; dimension i of a head turns with i + rotary_pairs. 0: none does
 } tp_layer;
 
 typedef struct {
@@ -212,7 +214,7 @@ typedef struct {
   const int32_t* slots;         // [rows]
   const int32_t* context_lens;  // [rows]
   const int32_t* num_new;       // [rows]
-  const int32_t* wanted;        // [num_wanted] the tokens, as indices into token_ids, after which logits may be asked for
+  const int32_t* wanted;        // [num_wanted] tokens, as indices into token_ids, after which logits may be asked for
   const int32_t* tables;        // block tables of all slots
   float* logits;                // [num_logits, vocab] after the first num_logits of those tokens
   int32_t table_stride;         // blocks in a slot's table
@@ -224,15 +226,16 @@ typedef struct {
 
 typedef struct tp_program tp_program;
 
-// The decoder and what it points to must outlive the program. The process stops with a message where there is no memory
-// or the decoder is not what tp_layer says.
+// What the decoder points to must outlive the program. The process stops with a message where there is no memory or the
+// decoder's parts do not fit together.
 TP_API tp_program* tp_program_create(const tp_decoder* decoder);
 TP_API void tp_program_destroy(tp_program* program);
 
 // Bytes that its largest steps work in, besides the logits. They are taken from the system when first used.
 TP_API size_t tp_program_scratch_bytes(const tp_program* program);
 
-// One step: writes keys and values of the new tokens into the cache, and logits.
+// One step: writes keys and values of the new tokens into the cache, and logits. The process stops with a message where
+// it has more tokens than max_tokens, or positions beyond max_keys or the tables.
 TP_API void tp_program_step(tp_program* program, const tp_step* step);
 
 // Logits [count, vocab] after the tokens wanted[first] and on of the last step.

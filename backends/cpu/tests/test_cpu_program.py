@@ -73,6 +73,12 @@ def test_what_turns_differently_is_seen_where_logits_hide_it(tmp_path: Path) -> 
     assert OTHERS["glm4"] in load(folder, "bfloat16")[1].kernels["step"]
 
 
+@pytest.mark.parametrize("max_model_tokens", [1, 4, 6])
+def test_so_do_those_whose_sequences_may_be_shorter_than_the_trial(max_model_tokens: int, checkpoint: Path) -> None:
+    model = replace(describe_model(checkpoint), max_model_tokens=max_model_tokens)
+    assert CpuBackend().load(model, LoadOptions(num_threads=1)).kernels["step"].startswith(NATIVE)
+
+
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_models_run_through_torch_and_say_why(family: str, tmp_path: Path) -> None:
     step = load(make_checkpoint(family, tmp_path))[1].kernels["step"]

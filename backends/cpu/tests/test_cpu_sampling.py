@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from tokenplane_core.backend import sampling as reference
 from tokenplane_core.backend.records import SamplingBatch
@@ -119,3 +120,28 @@ def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
     together = drawn(logits, sampling_batch(params, range(8))).token_ids
     for i in range(8):
         assert drawn(logits[i : i + 1], sampling_batch([params[i]], [i])).token_ids[0] == together[i]
+
+
+def test_former_and_biased_ids_that_the_vocabulary_lacks_count_for_nothing() -> None:
+    logits = np.random.default_rng(3).normal(0, 1, (1, 1003)).astype(np.float32)
+    penalised = SamplingParams(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.2, num_logprobs=20)
+    plain, biased = (
+        sampling_batch([structs.replace(penalised, temperature=1.0, seed=1, logit_bias=bias)], [0])
+        for bias in ({5: 1.0}, {5: 1.0, 1003: 9.0, 2**31 - 1: 9.0})
+    )
+    want = drawn(torch.from_numpy(logits), plain, [reference.History(np.array([3, 5, 5], np.int32), 1)])
+    former = np.array([3, 2**31 - 1, 5, 1003, -7, 5], np.int32)
+    got = drawn(torch.from_numpy(logits), biased, [reference.History(former, 2)])
+    for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
+        assert np.array_equal(getattr(got, name), getattr(want, name))
+
+
+def test_the_lowest_finite_logit_is_a_logit() -> None:
+    """What some models give in place of -inf; alone it can be drawn, and it is among the best where there are few."""
+    logits = np.full((4, 5000), np.finfo(np.float32).min, np.float32)
+    logits[1:, [7, 900, 4000]] = [3, 1, 2]
+    params = [SamplingParams(temperature=1.0, top_k=3, seed=1), *(SamplingParams(num_logprobs=n) for n in (2, 5, 20))]
+    assert_same(drawn, logits, sampling_batch(params, range(4)), [NO_HISTORY] * 4)
+    got = drawn(torch.from_numpy(logits), sampling_batch(params, range(4)))
+    assert got.token_ids[0] in (0, 1, 2)
+    assert got.top_ids is not None and got.top_ids[2, :5].tolist() == [7, 4000, 900, 0, 1]

@@ -178,6 +178,14 @@ def test_a_token_gets_the_same_bits_however_its_prompt_is_cut(
             assert torch.equal(single[0], whole[at - cut])
 
 
+@pytest.mark.parametrize("cache_dtype", [F32, BF16])
+def test_a_window_wider_than_any_sequence_hides_nothing(tier: str, cache_dtype: torch.dtype) -> None:
+    s, kernels = sequences(4, 1, 64, 64, F32, [150]), NativeKernels(cache_dtype)
+    want = run(kernels, s, rule_of(4, 64), [30], [120])
+    for window in (150, 2**31 - 1):
+        assert torch.equal(run(kernels, s, rule_of(4, 64, window), [30], [120]), want)
+
+
 def test_long_contexts_of_few_rows_are_shared_by_threads(tier: str) -> None:
     s = sequences(4, 1, 64, 64, F32, [1500])
     rule, kernels = rule_of(4, 64), NativeKernels(BF16)

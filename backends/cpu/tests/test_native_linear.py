@@ -119,6 +119,17 @@ def test_gated_weights_give_activation_of_gate_times_up(
     torch.testing.assert_close(got.double(), want, rtol=1e-5 if kind is WeightType.F32 else 8e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [WeightType.F32, WeightType.BF16, WeightType.INT4])
+@pytest.mark.parametrize("width", [64, 65, 67])
+def test_rows_may_lie_any_distance_apart(tier: str, kind: WeightType, width: int) -> None:
+    packed = PackedLinear([Part(weight_of(64, 40))], kind)
+    rows = rows_of(packed, 13)
+    wide = torch.full((13, width), torch.nan, dtype=rows.dtype)
+    wide[:, width - 64 :] = rows
+    for count in (2, 4, 13):
+        assert torch.equal(packed(wide[:count, width - 64 :]), packed(rows[:count]))
+
+
 @pytest.mark.parametrize("outputs", [32, 50, 7])
 def test_adds_to_rows_of_a_wider_array_and_touches_nothing_beside(tier: str, outputs: int) -> None:
     packed = PackedLinear([Part(weight_of(64, outputs))], WeightType.BF16)

@@ -136,19 +136,84 @@ def test_a_token_that_the_vocabulary_lacks_computes_nan(checkpoint: Path, token_
     plugin.close()
 
 
-_TOO_MANY_PAIRS = """
+_EACH_IN_A_PROCESS = """
+import os, torch
 from ctypes import byref
+from tokenplane_cpu.linear import PackedLinear, Part
 from tokenplane_cpu.native import built_library
-from tokenplane_cpu.structs import AttentionStruct, DecoderStruct, LayerStruct
+from tokenplane_cpu.structs import (
+    AttentionStruct, DecoderStruct, Epilogue, LayerStruct, NormStruct, StepStruct, WeightType
+)
+lib = built_library()
+
+def packed(outputs, inputs=32, kind=WeightType.BF16, gated=False):
+    return PackedLinear([Part(torch.zeros(outputs, inputs))], kind, gated=gated)
+
+weights = {"qkv": packed(96), "out": packed(32), "gate_up": packed(80, gated=True), "down": packed(32, 40)}
+head = packed(50)
 layers = (LayerStruct * 1)()
-layers[0].attention = AttentionStruct(heads=1, kv_heads=1, key_dim=32, value_dim=32)
-layers[0].rotary_pairs = 17
-decoder = DecoderStruct(layers=layers, num_layers=1, hidden=32, max_tokens=1, max_keys=1)
-built_library().tp_program_create(byref(decoder))
+layer = layers[0]
+layer.attention = AttentionStruct(heads=1, kv_heads=1, key_dim=32, value_dim=32)
+for name, weight in weights.items():
+    setattr(layer, name, weight.struct)
+decoder = DecoderStruct(layers=layers, head=head.struct, num_layers=1, hidden=32, max_tokens=4, max_keys=64)
+numbers = torch.zeros(64, dtype=torch.int32)
+norm = NormStruct(torch.ones(64).data_ptr(), 1e-5, 24)
+
+def create():
+    return lib.tp_program_create(byref(decoder))
+
+def step(tokens=1, rows=1, new=1, context=0, wanted=0, **sizes):
+    at = [torch.tensor([value] * 4, dtype=torch.int32) for value in (context, new, wanted)]
+    given = dict(zip(("context_lens", "num_new", "wanted"), (tensor.data_ptr() for tensor in at)))
+    sizes = {"tokens": tokens, "rows": rows, "table_stride": 2, "num_wanted": 1, "num_logits": 0} | sizes
+    lib.tp_program_step(create(), byref(StepStruct(token_ids=numbers.data_ptr(), **given, **sizes)))
+
+for case in CASES:
+    if os.fork() == 0:
+        exec(case)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
+_NONSENSE = {
+    "layer.rotary_pairs = 17; create()": "a decoder: rotary_pairs is more than key_dim / 2",
+    "layer.attention.kv_heads = 3; create()": "a decoder: its heads are no multiple",
+    "layer.attention.type = 3; create()": "a decoder: its heads are no multiple of its KV heads, or no cache",
+    "layer.qkv = packed(95).struct; create()": "a decoder: qkv does not give",
+    "layer.out = packed(32, 31).struct; create()": "a decoder: out does not take",
+    "layer.gate_up = packed(80).struct; create()": "a decoder: gate_up is not gated",
+    "layer.down = packed(32, 39).struct; create()": "a decoder: gate_up is not gated, or does not give what down takes",
+    "layer.down = packed(32, 40, WeightType.F32).struct; create()": "a decoder: gate_up gives another type",
+    "layer.down = packed(31, 40).struct; create()": "a decoder: down does not give the hidden size",
+    "layer.key_norm = norm; create()": "a decoder: a norm is of no size of its heads",
+    "decoder.head = packed(50, 31).struct; create()": "a decoder: the head does not take the hidden size",
+    "decoder.head = packed(50, 32, WeightType.INT8).struct; create()": "a decoder: a quantized head is no embedding",
+    "decoder.num_layers = 0; create()": "a decoder: an empty one",
+    "step(tokens=5, new=5)": "a step: more tokens than max_tokens",
+    "step(rows=5, new=0)": "a step: more rows than max_tokens",
+    "step(tokens=3, new=2)": "a step: its rows have not as many tokens as it has",
+    "step(new=-1)": "a step: a row of less than no tokens",
+    "step(context=64)": "a step: a position beyond max_keys",
+    "step(context=2**31 - 1)": "a step: a position beyond max_keys",
+    "step(context=32, table_stride=1)": "a step: a position beyond its block table",
+    "step(num_wanted=5)": "a step: more wanted tokens than max_tokens",
+    "step(num_logits=2)": "a step: more logits than wanted tokens",
+    "step(wanted=1)": "a step: a wanted token that it does not have",
+    "lib.tp_program_logits(create(), 0, 1, None)": "tp_program_logits: of tokens that the last step did not want",
+    "packed(33, gated=True)": "a packed weight: gated, and an odd number of outputs",
+    "packed(0)": "a packed weight: without outputs or inputs",
+    "lib.tp_linear_packed_bytes(4, 32, 32, 0, 0)": "a packed weight: of no type that it may have",
+    "lib.tp_linear_packed_bytes(3, 32, 32, 48, 0)": "a packed weight: group is no multiple of 32",
+    "packed(32)._pack(Part(torch.zeros(3, 32)), 30)": "tp_linear_pack: outputs that the weight does not have",
+    "packed(32)(torch.zeros(1, 32).bfloat16(), epilogue=Epilogue.GATED)": "tp_linear: TP_GATED goes with gated weights",
+    "packed(32, gated=True)(torch.zeros(1, 32).bfloat16())": "tp_linear: TP_GATED goes with gated weights, and they",
+}
 
-def test_what_no_program_can_compute_ends_with_a_line_that_says_why() -> None:
-    done = subprocess.run([sys.executable, "-c", _TOO_MANY_PAIRS], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGABRT
-    assert done.stderr.startswith("tokenplane-cpu: a decoder: rotary_pairs is more than key_dim / 2")
+
+def test_what_cannot_be_computed_ends_the_process_with_a_line_that_says_why() -> None:
+    script = f"CASES = {list(_NONSENSE)!r}\n{_EACH_IN_A_PROCESS}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(-signal.SIGABRT)] * len(_NONSENSE), done.stderr
+    for line, says in zip(done.stderr.splitlines(), _NONSENSE.values(), strict=True):
+        assert line.startswith(f"tokenplane-cpu: {says}")

@@ -102,7 +102,8 @@ class HostDevice(TorchDevice):
         """
         with watched(module) as seen, NoProducts():
             needs = survey(module, model)
-        decoder = read_decoder(module, seen, needs, model.max_model_tokens)
+        # The trial below has a few tokens even where no sequence may have so many.
+        decoder = read_decoder(module, seen, needs, max(model.max_model_tokens, self.block_tokens))
         decoder = replace(decoder, layers=as_turned(module, decoder.layers, model.max_model_tokens))
         max_tokens = max(step_tokens, 2 * self.block_tokens)  # the trial below has more than a block's
         program = Program(pack(decoder, model.dtype, max_tokens, self._num_threads, model.quantize, model.kv_dtype))

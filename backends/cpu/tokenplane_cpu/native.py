@@ -12,7 +12,7 @@ from tokenplane_core.backend.errors import ConfigError
 
 ISA = "TOKENPLANE_CPU_ISA"  # names a weaker tier of instruction sets, for tests and for comparing
 TIERS = ("amx_emulated", "generic", "avx2", "avx512", "avx512_bf16", "amx")  # weakest first; the first is for tests
-ABI = 2
+ABI = 3
 """TP_ABI of the tokenplane_cpu.h that this package's structs and calls were written for."""
 
 _FILE = Path(__file__).with_name("libtokenplane_cpu.so")
@@ -67,7 +67,7 @@ def _declare(found: ctypes.CDLL) -> None:
         "tp_best_isa": (text, []),
         "tp_isa": (text, []),
         "tp_set_isa": (integer, [text]),
-        "tp_set_threads": (None, [integer, pointer]),
+        "tp_set_threads": (None, [integer]),
         "tp_linear_packed_bytes": (size, [integer] * 5),
         "tp_linear_prepare": (None, [pointer, pointer, *[integer] * 5]),
         "tp_linear_pack": (None, [pointer, integer, integer, pointer, pointer, integer]),
@@ -111,4 +111,4 @@ def runnable_tiers() -> list[str]:
 
 def use_threads(count: int) -> None:
     """Compute with that many threads, the caller's included."""
-    built_library().tp_set_threads(count, None)
+    built_library().tp_set_threads(count)

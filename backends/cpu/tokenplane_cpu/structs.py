@@ -97,7 +97,7 @@ class LayerStruct(Structure):
         *_fields(WeightStruct, "qkv", "out", "gate_up", "down"),
         *_fields(NormStruct, "input_norm", "attention_norm", "mlp_norm", "output_norm", "query_norm", "key_norm"),
         *_fields(c_void_p, "cosines", "sines"),
-        *_fields(c_int32, "rotary_pairs", "interleaved"),
+        ("rotary_pairs", c_int32),
     )
 
 

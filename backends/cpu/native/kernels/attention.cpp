@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "kernels/activation.h"
+#include "kernels/arena.h"
 #include "kernels/attention_tiles.h"
 #include "kernels/attention_vectors.h"
 #include "kernels/attention_write.h"
@@ -21,7 +22,7 @@ struct Scratch {
   float* scores;     // [queries][kSpanKeys]
   uint8_t* weights;  // [queries][kSpanKeys] f32, or bf16
   float* sums;       // [queries][state] as states
-  uint8_t* unpacked; // int8: keys and values of a span in bf16
+  uint8_t* unpacked;    // int8: keys and values of a span in bf16
   uint8_t* odd_values;  // bf16: values of one block, for TileProducts
 
   static size_t bytes(const tp_attention& l, int queries) {
@@ -31,19 +32,14 @@ struct Scratch {
 
   size_t place(const tp_attention& l, int count, uint8_t* memory) {
     queries = count, steps = key_steps(l), columns = padded_value_dim(l), state = state_floats(l);
-    size_t used = 0;
-    const auto take = [&](size_t bytes) {
-      uint8_t* at = memory + used;
-      used += (bytes + 63) / 64 * 64;
-      return at;
-    };
-    query = take(size_t(count) * steps * 4);
-    scores = reinterpret_cast<float*>(take(size_t(count) * kSpanKeys * 4));
-    weights = take(size_t(count) * kSpanKeys * 4);
-    sums = reinterpret_cast<float*>(take(size_t(count) * state * 4));
-    unpacked = l.type == TP_INT8 ? take((size_t(steps) * 4 + columns * 2) * kSpanKeys) : nullptr;
-    odd_values = l.type == TP_BF16 ? take(size_t(columns) * kBlockTokens * 2) : nullptr;
-    return used;
+    Arena arena{memory};
+    query = arena.take<uint8_t>(size_t(count) * steps * 4);
+    scores = arena.take<float>(size_t(count) * kSpanKeys);
+    weights = arena.take<uint8_t>(size_t(count) * kSpanKeys * 4);
+    sums = arena.take<float>(size_t(count) * state);
+    unpacked = l.type == TP_INT8 ? arena.take<uint8_t>((size_t(steps) * 4 + columns * 2) * kSpanKeys) : nullptr;
+    odd_values = l.type == TP_BF16 ? arena.take<uint8_t>(size_t(columns) * kBlockTokens * 2) : nullptr;
+    return arena.used;
   }
 };
 
@@ -114,9 +110,8 @@ Span find_span(const AttentionTask& t, int number, const Scratch& s) {
   const tp_attention& l = *t.layer;
   const int start = number * kSpanKeys, last = t.first_position + t.tokens;
   Span span;
-  span.begin = l.window ? t.first_position - l.window + 1 - start : 0;
-  span.begin = span.begin < 0 ? 0 : span.begin;
-  span.end = last - start < kSpanKeys ? last - start : kSpanKeys;
+  span.begin = first_seen(l, t.first_position, start);
+  span.end = smaller(last - start, kSpanKeys);
   const auto head = [&](int block) { return int64_t(t.table[block]) * l.kv_heads + t.kv_head; };
   const auto keys = [&](int block) { return static_cast<const uint8_t*>(l.keys) + head(block) * key_head_bytes(l); };
   const auto values = [&](int block) {
@@ -186,10 +181,9 @@ __attribute__((noinline)) void fold_one(float* state, const float* later, int co
 
 // What a query at `position` sees of a span.
 inline void visible(const AttentionTask& t, int number, int position, int* begin, int* end) {
-  const int start = number * kSpanKeys, window = t.layer->window;
-  *end = position + 1 - start < kSpanKeys ? position + 1 - start : kSpanKeys;
-  *begin = window ? position - window + 1 - start : 0;
-  *begin = *begin < 0 ? 0 : *begin;
+  const int start = number * kSpanKeys;
+  *begin = first_seen(*t.layer, position, start);
+  *end = smaller(position + 1 - start, kSpanKeys);
 }
 
 template <class Products>
@@ -265,9 +259,7 @@ void finish(const AttentionTask& t, const float* states) {
     }
     const int64_t at = r / heads * t.out.stride + int64_t(head) * l.value_dim;
     for (int d = 0; d < l.value_dim; d += kLanes) {
-      const F32x16 value = load(state + d) * factor;
-      if (t.out.type == TP_F32) store_some(static_cast<float*>(t.out.data) + at + d, value, l.value_dim - d);
-      else store_some(static_cast<uint16_t*>(t.out.data) + at + d, value, l.value_dim - d);
+      store_some(t.out.data, t.out.type, at + d, load(state + d) * factor, l.value_dim - d);
     }
   });
 }

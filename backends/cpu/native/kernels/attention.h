@@ -11,18 +11,30 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/scalar.h"
 #include "tokenplane_cpu.h"
 
 namespace tp {
 
+// Some tokens of one sequence, and the query heads that share one KV head.
+struct AttentionTask {
+  const tp_attention* layer;
+  const int32_t* table;   // the sequence's block ids
+  int kv_head;
+  int first_position;     // of the first token in its sequence
+  int tokens;
+  tp_token_rows query;    // data: of the first token
+  tp_token_rows out;
+};
+
 namespace {  // see isa.h
 
 constexpr int kBlockTokens = TP_KV_BLOCK_TOKENS;
-constexpr int kGroupTokens = 16;
+constexpr int kGroupTokens = kLanes;
 constexpr int kSpanBlocks = 4;
 constexpr int kSpanKeys = kSpanBlocks * kBlockTokens;  // that share a softmax; spans begin at multiples of it
 
-inline int padded_value_dim(const tp_attention& l) { return (l.value_dim + 15) / 16 * 16; }
+inline int padded_value_dim(const tp_attention& l) { return round_up(l.value_dim, kLanes); }
 
 // Key dimensions are multiplied by one (f32) or two at a time.
 inline int key_steps(const tp_attention& l) { return l.type == TP_F32 ? l.key_dim : (l.key_dim + 1) / 2; }
@@ -39,22 +51,22 @@ inline size_t value_head_bytes(const tp_attention& l) {
 }
 
 // A query's result so far: sums [padded_value_dim], then the largest score and the sum of weights relative to it.
-inline int state_floats(const tp_attention& l) { return padded_value_dim(l) + 16; }
+inline int state_floats(const tp_attention& l) { return padded_value_dim(l) + kLanes; }
 
 inline int group_heads(const tp_attention& l) { return l.heads / l.kv_heads; }
 
-}  // namespace
+// The first key from `start` on that a query sees, relative to `start`. A window may be as wide as an int allows.
+inline int first_seen(const tp_attention& l, int position, int start) {
+  const int ahead = position - start;
+  return l.window == 0 || l.window > ahead ? 0 : ahead - l.window + 1;
+}
 
-// Some tokens of one sequence, and the query heads that share one KV head.
-struct AttentionTask {
-  const tp_attention* layer;
-  const int32_t* table;   // the sequence's block ids
-  int kv_head;
-  int first_position;     // of the first token in its sequence
-  int tokens;
-  tp_token_rows query;    // data: of the first token
-  tp_token_rows out;
-};
+// Spans of which the task's tokens see a key: [first, last).
+inline int first_span(const AttentionTask& t) { return first_seen(*t.layer, t.first_position, 0) / kSpanKeys; }
+
+inline int last_span(const AttentionTask& t) { return (t.first_position + t.tokens - 1) / kSpanKeys + 1; }
+
+}  // namespace
 
 struct AttentionKernels {
   // Writes one token to its place in the cache.
@@ -71,13 +83,5 @@ struct AttentionKernels {
   // Writes results.
   void (*finish)(const AttentionTask& task, const float* states);
 };
-
-// Spans of which the task's tokens see a key: [first, last).
-inline int first_span(const AttentionTask& t) {
-  const int window = t.layer->window, first = t.first_position - window + 1;
-  return window && first > 0 ? first / kSpanKeys : 0;
-}
-
-inline int last_span(const AttentionTask& t) { return (t.first_position + t.tokens - 1) / kSpanKeys + 1; }
 
 }  // namespace tp

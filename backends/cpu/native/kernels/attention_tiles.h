@@ -16,10 +16,8 @@
 namespace tp {
 namespace {
 
-constexpr int kMostTileRows = 16;  // queries
-constexpr int kChunkPairs = 16;
 constexpr int kMostSums = 4;
-static_assert(kChunkPairs * 2 == kBlockTokens, "a chunk of values is a block");
+static_assert(kTilePairs * 2 == kBlockTokens, "a chunk of values is a block");
 
 // Tiles 0 to 3 hold sums, of 16 keys or columns each. The others hold operands: of whole chunks, of a shorter last one.
 enum { kLeft = 4, kShortLeft = 5, kRight = 6, kShortRight = 7 };
@@ -29,15 +27,15 @@ enum { kLeft = 4, kShortLeft = 5, kRight = 6, kShortRight = 7 };
 
 struct KeyTiles {
   const uint8_t* const* groups;
-  int64_t stride() const { return 64; }
-  const uint8_t* at(int chunk, int column) const { return groups[column] + chunk * (kChunkPairs * 64); }
+  int64_t stride() const { return kTileRowBytes; }
+  const uint8_t* at(int chunk, int column) const { return groups[column] + chunk * (kTilePairs * kTileRowBytes); }
 };
 
 struct ValueTiles {
   const uint8_t* const* blocks;
   int columns;
   int64_t stride() const { return int64_t(columns) * 4; }
-  const uint8_t* at(int chunk, int column) const { return blocks[chunk] + column * 64; }
+  const uint8_t* at(int chunk, int column) const { return blocks[chunk] + column * kTileRowBytes; }
 };
 
 // --- Products -------------------------------------------------------------------------------------------------------
@@ -59,7 +57,7 @@ inline void each_sum(const Body& body) {
 template <int kLeftTile, int kRightTile, int kSums, class Right>
 inline void add_chunk(const uint8_t* left, int64_t left_stride, const Right& right, const Right& next, int chunk,
                       int first_column, int pairs, bool ahead) {
-  tile_load<kLeftTile>(left + chunk * (kChunkPairs * 4), left_stride);
+  tile_load<kLeftTile>(left + chunk * (kTilePairs * 4), left_stride);
   each_sum<kSums>([&](auto sum) {
     const uint8_t *at = right.at(chunk, first_column + sum.value), *after = next.at(chunk, first_column + sum.value);
     if (ahead && after != at)
@@ -74,9 +72,9 @@ template <int kSums, class Right>
 void multiply_columns(const uint8_t* left, int64_t left_stride, const Right& right, const Right& next,
                       int first_column, int pairs, bool ahead, float* out, int64_t out_stride) {
   each_sum<kSums>([](auto sum) { tile_zero<sum.value>(); });
-  const int whole = pairs / kChunkPairs, rest = pairs % kChunkPairs;
+  const int whole = pairs / kTilePairs, rest = pairs % kTilePairs;
   for (int chunk = 0; chunk < whole; ++chunk)
-    add_chunk<kLeft, kRight, kSums>(left, left_stride, right, next, chunk, first_column, kChunkPairs, ahead);
+    add_chunk<kLeft, kRight, kSums>(left, left_stride, right, next, chunk, first_column, kTilePairs, ahead);
   if (rest) add_chunk<kShortLeft, kShortRight, kSums>(left, left_stride, right, next, whole, first_column, rest, ahead);
   each_sum<kSums>([&](auto sum) {
     tile_store<sum.value>(out + (first_column + sum.value) * kLanes, out_stride * int64_t(sizeof(float)));
@@ -87,8 +85,8 @@ void multiply_columns(const uint8_t* left, int64_t left_stride, const Right& rig
 template <int kSums, class Right>
 void multiply_rows(int queries, const uint8_t* left, int64_t left_stride, const Right& right, const Right& next,
                    int first_column, int pairs, float* out, int64_t out_stride) {
-  for (int done = 0; done < queries; done += kMostTileRows) {
-    const int last = queries - kMostTileRows, row = done == 0 || done < last ? done : last;
+  for (int done = 0; done < queries; done += kTileRows) {
+    const int last = queries - kTileRows, row = done == 0 || done < last ? done : last;
     multiply_columns<kSums>(left + row * left_stride, left_stride, right, next, first_column, pairs, done == 0,
                             out + row * out_stride, out_stride);
   }
@@ -118,7 +116,7 @@ inline void copy_odd_values(uint8_t* to, const uint8_t* from, int keys, int colu
   const size_t whole = size_t(keys / 2) * columns * 4;
   memcpy(to, from, whole);
   for (int c = 0; c < columns; c += kLanes) {
-    const U16x32 pairs = Bf16Keys::without_second(load_vector<U16x32>(from + whole + c * 4));
+    const U16x32 pairs = Bf16Keys::without_second(load_unaligned<U16x32>(from + whole + c * 4));
     memcpy(to + whole + c * 4, &pairs, sizeof pairs);
   }
 }
@@ -132,8 +130,8 @@ class TileProducts {
 
   // odd_values: memory for a block's values, or null where those that nobody wrote are numbers.
   TileProducts(int queries, int steps, uint8_t* odd_values)
-      : rows_(queries < kMostTileRows ? queries : kMostTileRows), odd_values_(odd_values) {
-    shape(steps % kChunkPairs);
+      : rows_(queries < kTileRows ? queries : kTileRows), odd_values_(odd_values) {
+    shape(steps % kTilePairs);
   }
   ~TileProducts() { release_tiles(); }  // else the system would save them whenever it takes the core away
   TileProducts(const TileProducts&) = delete;
@@ -162,16 +160,16 @@ class TileProducts {
  private:
   // For products of that many pairs. A load of shapes takes as long as some multiplications.
   void shape_rest(int pairs) {
-    const int rest = pairs % kChunkPairs;
+    const int rest = pairs % kTilePairs;
     if (rest != 0 && rest != rest_) shape(rest);
   }
 
   void shape(int rest) {
     TileShapes shapes;
-    for (int sum = 0; sum < kMostSums; ++sum) shapes.set(sum, rows_, 64);
-    shapes.set(kLeft, rows_, kChunkPairs * 4);
-    shapes.set(kRight, kChunkPairs, 64);
-    if (rest) shapes.set(kShortLeft, rows_, rest * 4), shapes.set(kShortRight, rest, 64);
+    for (int sum = 0; sum < kMostSums; ++sum) shapes.set(sum, rows_, kTileRowBytes);
+    shapes.set(kLeft, rows_, kTilePairs * 4);
+    shapes.set(kRight, kTilePairs, kTileRowBytes);
+    if (rest) shapes.set(kShortLeft, rows_, rest * 4), shapes.set(kShortRight, rest, kTileRowBytes);
     use_tiles(shapes);
     rest_ = rest;
   }

@@ -31,13 +31,13 @@ struct Bf16Keys {
   static U16x32 without_second(U16x32 vector) { return bits<U16x32>(bits<U32x16>(vector) & 0xffffu); }
 };
 
-// What fits into the registers: rows of a tile, and groups of 16 keys or columns beside that many rows. Few rows take
-// many groups at once: a chain alone would wait for itself.
+// What fits into the vector registers: rows of a tile of them, and groups of 16 keys or columns beside that many rows.
+// Few rows take many groups at once: a chain alone would wait for itself.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 8;
+constexpr int kRegisterRows = 8;
 constexpr int tile_groups(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
 #else
-constexpr int kTileRows = 2;
+constexpr int kRegisterRows = 2;
 constexpr int tile_groups(int) { return 2; }
 #endif
 
@@ -52,7 +52,7 @@ inline void score_tile(const typename Format::Scalar* query, int steps, const ui
   for (int step = 0; step < steps; ++step) {
     typename Format::Vector vectors[kGroups];
     for (int g = 0; g < kGroups; ++g) {
-      vectors[g] = load_vector<typename Format::Vector>(keys[g] + size_t(step) * 64);
+      vectors[g] = load_unaligned<typename Format::Vector>(keys[g] + size_t(step) * 64);
       fetch(next[g] + size_t(step) * 64);
     }
     for (int r = 0; r < kRows; ++r)
@@ -86,12 +86,12 @@ inline void value_tile(const uint8_t* weights, size_t weight_stride, const uint8
     const uint8_t *at = blocks[step / kSteps] + place, *after = next[step / kSteps] + place;
     typename Format::Vector vectors[kColumns];
     for (int c = 0; c < kColumns; ++c) {
-      vectors[c] = load_vector<typename Format::Vector>(at + c * 64);
+      vectors[c] = load_unaligned<typename Format::Vector>(at + c * 64);
       fetch(after + c * 64);
       if (half) vectors[c] = Format::without_second(vectors[c]);
     }
     for (int r = 0; r < kRows; ++r) {
-      const auto weight = load_vector<typename Format::Scalar>(weights + r * weight_stride + size_t(step) * 4);
+      const auto weight = load_unaligned<typename Format::Scalar>(weights + r * weight_stride + size_t(step) * 4);
       for (int c = 0; c < kColumns; ++c) Format::add(sums[r][c], vectors[c], weight);
     }
   };
@@ -116,7 +116,7 @@ inline void value_rows(const uint8_t* weights, size_t weight_stride, const uint8
 
 // --- All rows -------------------------------------------------------------------------------------------------------
 
-// Calls body.template rows<n>(first) for tiles of at most kTileRows rows.
+// Calls body.template rows<n>(first) for tiles of at most kRegisterRows rows.
 template <int kRows, class Body>
 inline void tiles_of(int first, int rows, Body& body) {
   if (rows - first == kRows) return body.template rows<kRows>(first);
@@ -126,8 +126,8 @@ inline void tiles_of(int first, int rows, Body& body) {
 template <class Body>
 inline void each_tile(int rows, Body&& body) {
   int first = 0;
-  for (; first + kTileRows <= rows; first += kTileRows) body.template rows<kTileRows>(first);
-  if (first < rows) tiles_of<kTileRows - 1>(first, rows, body);
+  for (; first + kRegisterRows <= rows; first += kRegisterRows) body.template rows<kRegisterRows>(first);
+  if (first < rows) tiles_of<kRegisterRows - 1>(first, rows, body);
 }
 
 template <class Format>

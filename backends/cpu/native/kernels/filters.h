@@ -1,7 +1,6 @@
 // Filters of sampling without a sort: which of many values are the largest that together reach a weight.
 #pragma once
 
-#include <float.h>
 #include <math.h>
 
 #include "kernels/activation.h"
@@ -48,7 +47,8 @@ inline uint32_t lanes_of(I32x16 truth) {
 #endif
 }
 
-// Values at rising ids and what they weigh; both arrays are padded to a multiple of 16, with values of -inf.
+// Values at rising ids and what they weigh; both arrays are padded to a multiple of 16, with values of -inf or weights
+// of 0.
 struct Weighted {
   const float* values;
   const float* weights;  // null: 1 each
@@ -89,17 +89,11 @@ inline Above above(const Weighted& all, float limit) {
 
 // Floats in their order as integers.
 inline int32_t ordinal(float value) {
-  int32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits ^ (bits >> 31 & 0x7fffffff);
+  const int32_t word = bits<int32_t>(value);
+  return word ^ (word >> 31 & 0x7fffffff);
 }
 
-inline float from_ordinal(int32_t order) {
-  order ^= order >> 31 & 0x7fffffff;
-  float value;
-  memcpy(&value, &order, sizeof value);
-  return value;
-}
+inline float from_ordinal(int32_t order) { return bits<float>(order ^ (order >> 31 & 0x7fffffff)); }
 
 inline float between(float low, float high) {
   const float middle = low + (high - low) * 0.5f;
@@ -147,7 +141,6 @@ inline Cut find_cut(const Weighted& all, double wanted, float most, Entry* few) 
   float low = -INFINITY, high = most;
   Above high_above{0, 0}, low_above = above(all, low);
   if (!(low_above.weight > wanted)) return {-INFINITY, -1};
-  low = -FLT_MAX;
   for (float guess = most - 32; low_above.count - high_above.count > kFew && int64_t(ordinal(high)) - ordinal(low) > 1;
        guess = between(low, high)) {
     if (!(guess > low && guess < high)) guess = from_ordinal(ordinal(high) - 1);

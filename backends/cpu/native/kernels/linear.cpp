@@ -12,23 +12,18 @@ constexpr int kChunkPairs = 256;            // of 32 columns in bf16: 32 KiB, al
 constexpr int kPanelRows = 8 * kGroupRows;  // whose sums stay in the first cache, too
 using Sums = float[kPanelRows][kBlockColumns];
 
-#if TP_TILES
-bool in_tiles(const tp_linear_weight& w) { return w.type != TP_F32; }
-#else
-bool in_tiles(const tp_linear_weight&) { return false; }
-void tile_sums(Sums&, const tp_linear_weight&, const Block&, const LinearInput&, int, int) {}
-#endif
+bool in_tiles(const tp_linear_weight& w) { return TP_TILES && w.type != TP_F32; }
 
 template <int kRows>
 inline void read_sums(F32x16 (&sums)[kRows][2], const float (*from)[kBlockColumns]) {
   for (int row = 0; row < kRows; ++row)
-    for (int half = 0; half < 2; ++half) sums[row][half] = load(from[row] + half * 16);
+    for (int half = 0; half < 2; ++half) sums[row][half] = load(from[row] + half * kLanes);
 }
 
 template <int kRows>
 inline void write_sums(float (*to)[kBlockColumns], const F32x16 (&sums)[kRows][2]) {
   for (int row = 0; row < kRows; ++row)
-    for (int half = 0; half < 2; ++half) store(to[row] + half * 16, sums[row][half]);
+    for (int half = 0; half < 2; ++half) store(to[row] + half * kLanes, sums[row][half]);
 }
 
 // to[row] = (from 0 if first is 0) + products of pairs [first, last); values: of pair `first`.
@@ -53,7 +48,7 @@ void grouped_sums(float (*to)[kBlockColumns], const Block& block, const uint8_t*
     accumulate<kRows, Format>(sums, values, rows, pair, steps, fetch);
     values += steps * Format::kBytes;
     for (int half = 0; half < 2; ++half) {
-      const F32x16 scale = load_bf16(block.scales + pair / block.group_pairs * kBlockColumns + half * 16);
+      const F32x16 scale = load_bf16(block.scales + pair / block.group_pairs * kBlockColumns + half * kLanes);
       for (int row = 0; row < kRows; ++row) totals[row][half] += sums[row][half] * scale;
     }
   }
@@ -67,6 +62,10 @@ inline void some_sums(float (*to)[kBlockColumns], const Block& block, const uint
   else plain_sums<kRows, Format>(to, values, rows, first, last, fetch);
 }
 
+// All loops of one format in a function of their own. Left to itself the compiler has those of some formats inline in
+// `columns` and those of others apart, anew with every change, and where it chooses badly sums lie in memory.
+#define TP_ONE_FUNCTION __attribute__((noinline, flatten))
+
 // As many rows as keep their sums in registers.
 #if defined(__AVX512F__)
 constexpr int kMostRows = 12, kMostRowsInGroups = 6;
@@ -75,9 +74,9 @@ constexpr int kMostRows = 3, kMostRowsInGroups = 2;
 #endif
 
 template <class Format>
-void direct_sums(Sums& sums, const Block& block, const LinearInput& input, int rows) {
-  using Input = typename Format::Input;
-  const RowsAt<Input, false> at{static_cast<const Input*>(input.rows), input.stride / 2};
+TP_ONE_FUNCTION void direct_sums(Sums& sums, const Block& block, const LinearInput& input, int rows) {
+  using Element = typename Format::Element;
+  const DirectRows<Element> at{static_cast<const Element*>(input.rows), input.stride};
   const FetchAll<Format, kDirectAheadBytes> fetch;
   switch (rows) {
     case 1: return some_sums<1, Format>(sums, block, block.values, at, 0, block.pairs, fetch);
@@ -91,10 +90,9 @@ void direct_sums(Sums& sums, const Block& block, const LinearInput& input, int r
 template <class Format, class Fetch>
 void packed_sums(float (*sums)[kBlockColumns], const Block& block, const uint8_t* values,
                  const typename Format::Input* group, int rows, int first, int last, const Fetch& fetch) {
-  using Rows = RowsAt<typename Format::Input, true>;
   const int most = block.scales ? kMostRowsInGroups : kMostRows;
   for (int row = 0; row < rows; row += most) {
-    const Rows at{group + row, 0};
+    const PackedRows<typename Format::Input> at{group + row};
     auto* to = sums + row;
     switch (smaller(most, rows - row)) {
       case 1: some_sums<1, Format>(to, block, values, at, first, last, fetch); break;
@@ -115,7 +113,7 @@ void packed_sums(float (*sums)[kBlockColumns], const Block& block, const uint8_t
 // Memory should give weights while any group multiplies, and not only while the first does: each of the first groups
 // fetches its line of every step of the next chunk. Later panels find the weights in the caches.
 template <class Format>
-void panel_sums(Sums& sums, const Block& block, const LinearInput& input, int first_row, int rows) {
+TP_ONE_FUNCTION void panel_sums(Sums& sums, const Block& block, const LinearInput& input, int first_row, int rows) {
   const int groups = (rows + kGroupRows - 1) / kGroupRows, chunks = (block.pairs + kChunkPairs - 1) / kChunkPairs;
   const int whole = block.scales ? block.group_pairs : kInputPadding / 2;  // that a chunk is made of
   const int chunk = round_up((block.pairs + chunks - 1) / chunks, whole);
@@ -143,8 +141,11 @@ void vector_sums(Sums& sums, const Block& block, const LinearInput& input, int f
   else direct_sums<Format>(sums, block, input, rows);
 }
 
-void vector_sums(Sums& sums, const tp_linear_weight& w, const Block& block, const LinearInput& input, int first_row,
-                 int rows) {
+void block_sums(Sums& sums, const tp_linear_weight& w, const Block& block, const LinearInput& input, int first_row,
+                int rows) {
+#if TP_TILES
+  if (in_tiles(w)) return tile_sums(sums, w, block, input, first_row, rows);
+#endif
   switch (w.type) {
     case TP_F32: return vector_sums<F32Format>(sums, block, input, first_row, rows);
     case TP_BF16: return vector_sums<Bf16Format>(sums, block, input, first_row, rows);
@@ -159,8 +160,7 @@ void columns(const tp_linear_weight& w, const LinearInput& input, int first, int
     const Block block = block_of(w, b);
     for (int row = 0; row < input.count; row += kPanelRows) {
       const int rows = smaller(kPanelRows, input.count - row);
-      if (in_tiles(w)) tile_sums(sums, w, block, input, row, rows);
-      else vector_sums(sums, w, block, input, row, rows);
+      block_sums(sums, w, block, input, row, rows);
       finish(w, b, sums, row, rows, out);
     }
   }
@@ -171,7 +171,7 @@ bool wants_packed(const tp_linear_weight& w, int rows) {
 }
 
 size_t packed_bytes(const tp_linear_weight& w, int rows) {
-  return size_t(round_up(rows, kGroupRows)) * padded_inputs(w) * input_bytes(w);
+  return size_t(round_up(rows, kGroupRows)) * padded_inputs(w) * element_bytes(input_type(w));
 }
 
 void pack_group(const tp_linear_weight& w, const LinearInput& from, int group, void* to) {
@@ -182,10 +182,10 @@ void pack_group(const tp_linear_weight& w, const LinearInput& from, int group, v
         w.inputs, padded);
   else if (w.type == TP_F32)
     interleave_all(static_cast<F32Pair*>(to) + pairs, static_cast<const float*>(from.rows) + start, from.stride, rows,
-               w.inputs, padded);
+                   w.inputs, padded);
   else
-    interleave_all(static_cast<uint32_t*>(to) + pairs, static_cast<const uint16_t*>(from.rows) + start, from.stride, rows,
-               w.inputs, padded);
+    interleave_all(static_cast<uint32_t*>(to) + pairs, static_cast<const uint16_t*>(from.rows) + start, from.stride,
+                   rows, w.inputs, padded);
 }
 
 }  // namespace

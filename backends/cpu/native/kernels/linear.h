@@ -12,24 +12,27 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/scalar.h"
 #include "tokenplane_cpu.h"
 
 namespace tp {
 
 namespace {  // see isa.h
 
-constexpr int kBlockColumns = 32;
+constexpr int kHalfColumns = kLanes;
+constexpr int kBlockColumns = 2 * kHalfColumns;
 constexpr int kInputPadding = 32;
 constexpr int kGroupRows = 12;   // rows that packed inputs interleave
 constexpr int kDirectRows = 4;   // at most that many rows are read where they lie
 constexpr int kInt4Zero = 8;     // a nibble is its value plus this
 
-inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline bool is_quantized(const tp_linear_weight& w) { return w.type == TP_INT8 || w.type == TP_INT4; }
 
 inline int padded_inputs(const tp_linear_weight& w) { return round_up(w.inputs, kInputPadding); }
 
 inline int column_blocks(const tp_linear_weight& w) {
-  return w.gated ? round_up(w.outputs / 2, 16) / 16 : round_up(w.outputs, kBlockColumns) / kBlockColumns;
+  return w.gated ? round_up(w.outputs / 2, kHalfColumns) / kHalfColumns
+                 : round_up(w.outputs, kBlockColumns) / kBlockColumns;
 }
 
 // Groups of inputs that share scales; the last may be shorter.
@@ -39,7 +42,7 @@ inline int input_groups(const tp_linear_weight& w) { return w.group ? round_up(w
 inline int column_of(const tp_linear_weight& w, int output) {
   if (!w.gated) return output;
   const int half = w.outputs / 2, up = output >= half, i = up ? output - half : output;
-  return i / 16 * kBlockColumns + up * 16 + i % 16;
+  return i / kHalfColumns * kBlockColumns + up * kHalfColumns + i % kHalfColumns;
 }
 
 inline size_t block_bytes(const tp_linear_weight& w) {
@@ -52,7 +55,14 @@ inline size_t block_bytes(const tp_linear_weight& w) {
   }
 }
 
-inline size_t input_bytes(const tp_linear_weight& w) { return w.type == TP_F32 ? 4 : 2; }
+// Where input k of column c lies in a block of f32 or bf16, in elements.
+inline size_t plain_place(const tp_linear_weight& w, int c, int k) {
+  if (w.type == TP_F32) return size_t(k) * kBlockColumns + c;
+  return (size_t(k / 2) * kBlockColumns + c) * 2 + k % 2;
+}
+
+// Type of the inputs, and of what a gated weight gives.
+inline int input_type(const tp_linear_weight& w) { return w.type == TP_F32 ? TP_F32 : TP_BF16; }
 
 }  // namespace
 

@@ -18,12 +18,9 @@ struct Block {
 Block block_of(const tp_linear_weight& w, int block) {
   const int pairs = padded_inputs(w) / 2;
   const size_t groups = size_t(input_groups(w)) * kBlockColumns;
-  return {static_cast<const uint8_t*>(w.values) + block * block_bytes(w), w.scales ? w.scales + block * groups : nullptr,
-          pairs, w.scales ? w.group / 2 : pairs};
+  return {static_cast<const uint8_t*>(w.values) + block * block_bytes(w),
+          w.scales ? w.scales + block * groups : nullptr, pairs, w.scales ? w.group / 2 : pairs};
 }
-
-inline int smaller(int a, int b) { return a < b ? a : b; }
-inline int larger(int a, int b) { return a < b ? b : a; }
 
 }  // namespace
 }  // namespace tp

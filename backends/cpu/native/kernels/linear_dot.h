@@ -12,23 +12,12 @@ namespace {
 typedef uint16_t U16x32 __attribute__((vector_size(64)));
 typedef uint8_t U8x64 __attribute__((vector_size(64)));
 
-template <class To, class From>
-inline To bits(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-template <class Vector>
-inline Vector load_vector(const void* from) {
-  Vector out;
+template <class Value>
+inline Value load_unaligned(const void* from) {
+  Value out;
   memcpy(&out, from, sizeof out);
   return out;
 }
-
-inline float upper(uint32_t pair) { return bits<float>(pair & 0xffff0000u); }
-inline float lower(uint32_t pair) { return bits<float>(pair << 16); }
 
 // sum[column] += weights[column][0] * pair[0] + weights[column][1] * pair[1]
 inline void add_products(F32x16& sum, U16x32 weights, uint32_t pair) {
@@ -36,8 +25,8 @@ inline void add_products(F32x16& sum, U16x32 weights, uint32_t pair) {
   sum = (F32x16)_mm512_dpbf16_ps((__m512)sum, bits<__m512bh>(weights), bits<__m512bh>(_mm512_set1_epi32(int(pair))));
 #else
   const U32x16 words = bits<U32x16>(weights);
-  sum += (F32x16)(words << 16) * lower(pair);
-  sum += (F32x16)(words & 0xffff0000u) * upper(pair);
+  sum += first_of_pairs(words) * first_of_pair(pair);
+  sum += second_of_pairs(words) * second_of_pair(pair);
 #endif
 }
 
@@ -54,21 +43,24 @@ inline void add_products(F32x16& sum, const F32Pairs& weights, F32Pair pair) {
   sum += weights.odd * pair.odd;
 }
 
-// Each format: Input, a pair of inputs; kPairs of a step; kBytes of a step; get(pair, half) of the step it was made of.
+// Each format: Element of the inputs, and Input, a pair of them; kPairs and kBytes of a step; get(pair, half) of the
+// step it was made of.
 struct F32Format {
+  using Element = float;
   using Input = F32Pair;
   static constexpr int kPairs = 1, kBytes = 256;
   const float* at;
   explicit F32Format(const uint8_t* step) : at(reinterpret_cast<const float*>(step)) {}
-  F32Pairs get(int, int half) const { return {load(at + half * 16), load(at + kBlockColumns + half * 16)}; }
+  F32Pairs get(int, int half) const { return {load(at + half * kLanes), load(at + kBlockColumns + half * kLanes)}; }
 };
 
 struct Bf16Format {
+  using Element = uint16_t;
   using Input = uint32_t;
   static constexpr int kPairs = 1, kBytes = 128;
   const uint8_t* at;
   explicit Bf16Format(const uint8_t* step) : at(step) {}
-  U16x32 get(int, int half) const { return load_vector<U16x32>(at + half * 64); }
+  U16x32 get(int, int half) const { return load_unaligned<U16x32>(at + half * 64); }
 };
 
 // Two tables of bf16's upper and lower bytes for the magnitudes 0 to 127.
@@ -87,11 +79,12 @@ struct Int8Table {
 constexpr Int8Table kInt8Table;
 
 struct Int8Format {
+  using Element = uint16_t;
   using Input = uint32_t;
   static constexpr int kPairs = 1, kBytes = 64;
   U16x32 halves[2];
   explicit Int8Format(const uint8_t* step) {
-    const U8x64 packed = load_vector<U8x64>(step);
+    const U8x64 packed = load_unaligned<U8x64>(step);
 #if defined(__AVX512VBMI__)
     const __m512i index = bits<__m512i>(packed), sign = _mm512_set1_epi8(char(0x80));
     const auto look_up = [index](const uint8_t* table) {
@@ -121,10 +114,11 @@ alignas(64) constexpr uint16_t kInt4Table[32] = {
     0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
 
 struct Int4Format {
+  using Element = uint16_t;
   using Input = uint32_t;
   static constexpr int kPairs = 2, kBytes = 64;
   U16x32 words;
-  explicit Int4Format(const uint8_t* step) : words(load_vector<U16x32>(step)) {}
+  explicit Int4Format(const uint8_t* step) : words(load_unaligned<U16x32>(step)) {}
   U16x32 get(int pair, int half) const {
     const U16x32 index = words >> (8 * pair + 4 * half);
 #if defined(__AVX512BW__)
@@ -137,12 +131,22 @@ struct Int4Format {
   }
 };
 
-// Where kRows rows lie: pair p of row r is at[p * pair_stride + r * row_stride].
-template <class Input, bool kPacked>
-struct RowsAt {
+// Rows of a packed group, from the one at `at` on.
+template <class Input>
+struct PackedRows {
   const Input* at;
+  Input get(int64_t pair, int row) const { return at[pair * kGroupRows + row]; }
+};
+
+inline F32Pair pair_at(const float* from) { return {from[0], from[1]}; }
+inline uint32_t pair_at(const uint16_t* from) { return load_unaligned<uint32_t>(from); }
+
+// Rows as the caller has them, `stride` elements apart, which may be an odd number.
+template <class Element>
+struct DirectRows {
+  const Element* at;
   int64_t stride;
-  Input get(int64_t pair, int row) const { return kPacked ? at[pair * kGroupRows + row] : at[pair + row * stride]; }
+  auto get(int64_t pair, int row) const { return pair_at(at + 2 * pair + row * stride); }
 };
 
 template <class Format>
@@ -150,8 +154,8 @@ constexpr int kLinesPerStep = Format::kBytes / 64;
 
 constexpr int kAheadBytes = 8192, kDirectAheadBytes = 4096;
 
-// What to bring into the second cache while a step is multiplied: the hardware alone looks too little ahead, and stops at
-// the end of a page. Of the step that lies kAhead bytes behind, all lines.
+// What to bring into the second cache while a step is multiplied: the hardware alone looks too little ahead, and stops
+// at the end of a page. Of the step that lies kAhead bytes behind, all lines.
 template <class Format, int kAhead>
 struct FetchAll {
   void operator()(const uint8_t* step) const {

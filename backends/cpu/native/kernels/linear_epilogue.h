@@ -8,20 +8,9 @@
 namespace tp {
 namespace {
 
-template <class Element>
-inline void put(Element* to, F32x16 value, int count) {
-  if (count >= kLanes) count = kLanes;
-  store_some(to, value, count);
-}
-
 inline void put_sums(float* to, F32x16 value, int count, bool add) {
   if (count >= kLanes) store(to, add ? load(to) + value : value);
   else if (count > 0) store_some(to, add ? load_some(to, count) + value : value, count);
-}
-
-inline void put_gated(const tp_linear_weight& w, const tp_linear_output& out, int64_t at, F32x16 value, int count) {
-  if (w.type == TP_F32) put(static_cast<float*>(out.data) + at, value, count);
-  else put(static_cast<uint16_t*>(out.data) + at, value, count);
 }
 
 // sums: of rows [first_row, first_row + rows) and the 32 columns of the block.
@@ -39,7 +28,7 @@ inline void finish(const tp_linear_weight& w, int block, const float (*sums)[kBl
     }
     const int64_t at = (first_row + row) * out.stride + output;
     if (out.epilogue == TP_GATED) {
-      put_gated(w, out, at, activate(out.activation, halves[0]) * halves[1], left);
+      store_some(out.data, input_type(w), at, activate(out.activation, halves[0]) * halves[1], left);
     } else {
       put_sums(static_cast<float*>(out.data) + at, halves[0], left, out.epilogue == TP_ADD);
       put_sums(static_cast<float*>(out.data) + at + kLanes, halves[1], left - kLanes, out.epilogue == TP_ADD);

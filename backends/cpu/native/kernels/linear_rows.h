@@ -4,7 +4,6 @@
 #include <string.h>
 
 #include "kernels/linear.h"
-#include "kernels/linear_block.h"
 #include "kernels/simd.h"
 
 namespace tp {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/linear_block.h"
-#include "kernels/linear_epilogue.h"
+#include "kernels/linear_dot.h"
 #include "kernels/tiles.h"
 
 #if TP_TILES
@@ -11,10 +11,8 @@
 namespace tp {
 namespace {
 
-constexpr int kTileRows = 16;
-constexpr int kTilePairs = 16;            // of inputs, in a row of the left tile and down the right one
-constexpr int kTilesRows = 2 * kTileRows;  // that one round of four tiles of sums computes
-constexpr int kTilesChunkPairs = 512;      // of widened weights: 64 KiB, in the second cache
+constexpr int kRoundRows = 2 * kTileRows;  // that four tiles of sums hold
+constexpr int kWidenedPairs = 512;         // of weights, at a time: 64 KiB, in the second cache
 
 // Tiles 0 to 3 hold sums: 0 and 1 the two halves of the first 16 rows, 2 and 3 of the others. 4 and 5 hold inputs, 6
 // and 7 weights.
@@ -23,11 +21,11 @@ void shape_tiles(int rows) {
   TileShapes shapes;
   const int rows_of[8] = {first, first, second, second, first, second, kTilePairs, kTilePairs};
   for (int tile = 0; tile < 8; ++tile)
-    if (rows_of[tile] > 0) shapes.set(tile, rows_of[tile], 64);
+    if (rows_of[tile] > 0) shapes.set(tile, rows_of[tile], kTileRowBytes);
   use_tiles(shapes);
 }
 
-constexpr int64_t kSumsStride = kBlockColumns * sizeof(float), kHalf = 16;
+constexpr int64_t kSumsStride = kBlockColumns * sizeof(float);
 
 template <bool kSecond>
 void read_tiles(const float (*sums)[kBlockColumns], bool zero) {
@@ -36,14 +34,14 @@ void read_tiles(const float (*sums)[kBlockColumns], bool zero) {
     if (kSecond) tile_zero<2>(), tile_zero<3>();
     return;
   }
-  tile_load<0>(sums[0], kSumsStride), tile_load<1>(sums[0] + kHalf, kSumsStride);
-  if (kSecond) tile_load<2>(sums[kTileRows], kSumsStride), tile_load<3>(sums[kTileRows] + kHalf, kSumsStride);
+  tile_load<0>(sums[0], kSumsStride), tile_load<1>(sums[0] + kHalfColumns, kSumsStride);
+  if (kSecond) tile_load<2>(sums[kTileRows], kSumsStride), tile_load<3>(sums[kTileRows] + kHalfColumns, kSumsStride);
 }
 
 template <bool kSecond>
 void write_tiles(float (*sums)[kBlockColumns]) {
-  tile_store<0>(sums[0], kSumsStride), tile_store<1>(sums[0] + kHalf, kSumsStride);
-  if (kSecond) tile_store<2>(sums[kTileRows], kSumsStride), tile_store<3>(sums[kTileRows] + kHalf, kSumsStride);
+  tile_store<0>(sums[0], kSumsStride), tile_store<1>(sums[0] + kHalfColumns, kSumsStride);
+  if (kSecond) tile_store<2>(sums[kTileRows], kSumsStride), tile_store<3>(sums[kTileRows] + kHalfColumns, kSumsStride);
 }
 
 // sums [rows][32] += products of `pairs` pairs; values: [pair][32][2] bf16, inputs: from that pair on, stride in bytes.
@@ -84,17 +82,17 @@ void widen(uint8_t* to, const uint8_t* from, int pairs) {
   }
 }
 
-// Multiplies [pair][32][2] bf16 by the scales of their groups; first: the first pair, counted in the block. The products
+// Multiplies [pair][32][2] bf16 by the scales of their groups; first: the first pair, counted in the block. Products
 // are rounded to bf16 once more, because sums in tiles cannot be scaled group by group.
 void scale_values(uint8_t* values, const Block& block, int first, int pairs) {
   for (int pair = 0; pair < pairs; ++pair) {
     const uint16_t* scales = block.scales + (first + pair) / block.group_pairs * kBlockColumns;
     for (int half = 0; half < 2; ++half, values += 64) {
-      const F32x16 scale = load_bf16(scales + half * kHalf);
-      const U32x16 words = load_vector<U32x16>(values);
+      const F32x16 scale = load_bf16(scales + half * kLanes);
+      const U32x16 words = load_unaligned<U32x16>(values);
       uint16_t even[kLanes], odd[kLanes];
-      store_bf16(even, (F32x16)(words << 16) * scale);
-      store_bf16(odd, (F32x16)(words & 0xffff0000u) * scale);
+      store_bf16(even, first_of_pairs(words) * scale);
+      store_bf16(odd, second_of_pairs(words) * scale);
       for (int i = 0; i < kLanes; ++i) {
         memcpy(values + i * 4, even + i, 2);
         memcpy(values + i * 4 + 2, odd + i, 2);
@@ -103,12 +101,12 @@ void scale_values(uint8_t* values, const Block& block, int first, int pairs) {
   }
 }
 
-// All rows of a panel, group of 32 rows after group, for the pairs [first, first + pairs) that values hold.
+// All rows of a panel, 32 after 32, for the pairs [first, first + pairs) that values hold.
 void panel_tiles(float (*sums)[kBlockColumns], const LinearInput& input, int first_row, int rows, const uint8_t* values,
                  int first, int pairs, bool from_memory) {
   const int64_t stride = input.stride * 2;
-  for (int row = 0; row < rows; row += kTilesRows) {
-    const int count = smaller(kTilesRows, rows - row);
+  for (int row = 0; row < rows; row += kRoundRows) {
+    const int count = smaller(kRoundRows, rows - row);
     const uint8_t* at = static_cast<const uint8_t*>(input.rows) + (first_row + row) * stride + int64_t(first) * 4;
     shape_tiles(count);
     const bool ahead = from_memory && row == 0;
@@ -121,9 +119,9 @@ void panel_tiles(float (*sums)[kBlockColumns], const LinearInput& input, int fir
 void tile_sums(float (*sums)[kBlockColumns], const tp_linear_weight& w, const Block& block, const LinearInput& input,
                int first_row, int rows) {
   if (w.type == TP_BF16) return panel_tiles(sums, input, first_row, rows, block.values, 0, block.pairs, first_row == 0);
-  alignas(64) uint8_t widened[kTilesChunkPairs * Bf16Format::kBytes];
-  for (int first = 0; first < block.pairs; first += kTilesChunkPairs) {
-    const int pairs = smaller(kTilesChunkPairs, block.pairs - first);
+  alignas(64) uint8_t widened[kWidenedPairs * Bf16Format::kBytes];
+  for (int first = 0; first < block.pairs; first += kWidenedPairs) {
+    const int pairs = smaller(kWidenedPairs, block.pairs - first);
     if (w.type == TP_INT8) widen<Int8Format>(widened, block.values + size_t(first) * Int8Format::kBytes, pairs);
     else widen<Int4Format>(widened, block.values + size_t(first / Int4Format::kPairs) * Int4Format::kBytes, pairs);
     if (block.scales) scale_values(widened, block, first, pairs);

@@ -24,11 +24,6 @@ inline float summed(const float* x, int n, Body&& body) {
   return sum(total);
 }
 
-inline void put(void* out, int type, int at, F32x16 value, int count) {
-  if (type == TP_BF16) store_some(static_cast<uint16_t*>(out) + at, value, count);
-  else store_some(static_cast<float*>(out) + at, value, count);
-}
-
 inline float inverse_rms(const float* x, float eps, int n) {
   const float squares = summed(x, n, [](int, F32x16 v) { return v * v; });
   return 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
@@ -37,7 +32,7 @@ inline float inverse_rms(const float* x, float eps, int n) {
 void rms_norm(void* out, int out_type, const float* x, const float* weight, float eps, int n) {
   const float scale = inverse_rms(x, eps, n);
   each_vector(x, n, [&](int i, int count, F32x16 v) {
-    put(out, out_type, i, v * scale * load_some(weight + i, count), count);
+    store_some(out, out_type, i, v * scale * load_some(weight + i, count), count);
   });
 }
 
@@ -49,7 +44,7 @@ void add_rms_norm(float* residual, float scale, const float* x, const float* wei
   });
 }
 
-void turn_halves(float* x, const float* cosines, const float* sines, int pairs) {
+void turn(float* x, const float* cosines, const float* sines, int pairs) {
   each_vector(x, pairs, [&](int i, int count, F32x16 first) {
     const F32x16 second = load_some(x + pairs + i, count);
     const F32x16 cosine = load_some(cosines + i, count), sine = load_some(sines + i, count);
@@ -58,33 +53,9 @@ void turn_halves(float* x, const float* cosines, const float* sines, int pairs) 
   });
 }
 
-void turn_neighbours(float* x, const float* cosines, const float* sines, int pairs) {
-  for (int i = 0; i < pairs; ++i) {
-    const float first = x[2 * i], second = x[2 * i + 1];
-    x[2 * i] = first * cosines[i] - second * sines[i];
-    x[2 * i + 1] = second * cosines[i] + first * sines[i];
-  }
-}
-
-void rotary(float* heads_of_token, int heads, int head_stride, const float* cosines, const float* sines, int pairs,
-            int interleaved) {
-  for (int head = 0; head < heads; ++head) {
-    float* x = heads_of_token + static_cast<int64_t>(head) * head_stride;
-    if (interleaved) turn_neighbours(x, cosines, sines, pairs);
-    else turn_halves(x, cosines, sines, pairs);
-  }
-}
-
-inline float from_f16(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
-  if (exponent == 0) {
-    const float tiny = static_cast<float>(fraction) * 0x1p-24f;
-    return sign ? -tiny : tiny;
-  }
-  const uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
-  float out;
-  memcpy(&out, &bits, sizeof out);
-  return out;
+void rotary(float* heads_of_token, int heads, int head_stride, const float* cosines, const float* sines, int pairs) {
+  for (int head = 0; head < heads; ++head)
+    turn(heads_of_token + int64_t(head) * head_stride, cosines, sines, pairs);
 }
 
 void embed(float* out, const void* row, int row_type, float scale, int n) {
@@ -93,14 +64,13 @@ void embed(float* out, const void* row, int row_type, float scale, int n) {
                 [&](int i, int count, F32x16 v) { store_some(out + i, v * scale, count); });
     return;
   }
-  const uint16_t* from = static_cast<const uint16_t*>(row);
   int i = 0;
   if (row_type == TP_BF16)
-    for (; i + kLanes <= n; i += kLanes) store(out + i, load_bf16(from + i) * scale);
-  for (; i < n; ++i) out[i] = (row_type == TP_BF16 ? from_bf16(from[i]) : from_f16(from[i])) * scale;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, load_bf16(static_cast<const uint16_t*>(row) + i) * scale);
+  for (; i < n; ++i) out[i] = element(row, row_type, size_t(i)) * scale;
 }
 
-void to_bf16(uint16_t* out, const float* x, int n) {
+void round_to_bf16(uint16_t* out, const float* x, int n) {
   each_vector(x, n, [&](int i, int count, F32x16 v) { store_some(out + i, v, count); });
 }
 
@@ -114,7 +84,7 @@ void cap(float* x, float scale, float limit, int n) {
 
 namespace TP_TIER {
 extern const PointwiseKernels pointwise;
-const PointwiseKernels pointwise = {rms_norm, add_rms_norm, rotary, embed, to_bf16, cap};
+const PointwiseKernels pointwise = {rms_norm, add_rms_norm, rotary, embed, round_to_bf16, cap};
 }  // namespace TP_TIER
 
 }  // namespace tp

@@ -12,9 +12,9 @@ struct PointwiseKernels {
   // residual[n] += scale * (x[n] / sqrt(mean(x^2) + eps) * weight[n])
   void (*add_rms_norm)(float* residual, float scale, const float* x, const float* weight, float eps, int n);
   // Turns the first 2 * pairs dimensions of each of `heads` heads, which lie `head_stride` apart, in place: dimension i
-  // with i + pairs, or 2i with 2i + 1 if interleaved. cosines[pairs] and sines[pairs] are of the token's position.
-  void (*rotary)(float* heads_of_token, int heads, int head_stride, const float* cosines, const float* sines, int pairs,
-                 int interleaved);
+  // with i + pairs. cosines[pairs] and sines[pairs] are of the token's position.
+  void (*rotary)(float* heads_of_token, int heads, int head_stride, const float* cosines, const float* sines,
+                 int pairs);
   // out[n] = row[n] * scale, from a row of an embedding of any type.
   void (*embed)(float* out, const void* row, int row_type, float scale, int n);
   // out[n] = x[n] in bf16.

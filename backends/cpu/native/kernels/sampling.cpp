@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "kernels/arena.h"
 #include "kernels/filters.h"
 
 namespace tp {
@@ -27,20 +28,15 @@ struct Row {
   }
 
   size_t place(int size, uint8_t* memory) {
-    vocab = size, padded = (size + kLanes - 1) / kLanes * kLanes;
-    size_t used = 0;
-    const auto take = [&](size_t bytes) {
-      uint8_t* at = memory + used;
-      used += (bytes + 63) / 64 * 64;
-      return at;
-    };
-    scores = reinterpret_cast<float*>(take(size_t(padded) * 4));
-    likelihoods = reinterpret_cast<float*>(take(size_t(padded) * 4));
-    keys = reinterpret_cast<float*>(take(size_t(padded) * 4));
-    counts = reinterpret_cast<int32_t*>(take(size_t(vocab) * 4));
-    blocks = reinterpret_cast<double*>(take(size_t(padded / kBlock + 1) * 8));
-    few = reinterpret_cast<Entry*>(take(kFew * sizeof(Entry)));
-    return used;
+    vocab = size, padded = round_up(size, kLanes);
+    Arena arena{memory};
+    scores = arena.take<float>(size_t(padded));
+    likelihoods = arena.take<float>(size_t(padded));
+    keys = arena.take<float>(size_t(padded));
+    counts = arena.take<int32_t>(size_t(vocab));
+    blocks = arena.take<double>(size_t(padded / kBlock + 1));
+    few = arena.take<Entry>(kFew);
+    return arena.used;
   }
 };
 
@@ -84,6 +80,8 @@ int best_id(const float* logits, int vocab, const uint32_t* mask) {
   return id;
 }
 
+bool is_id(const Row& r, int32_t id) { return id >= 0 && id < r.vocab; }
+
 // The law's steps 2 and 3.
 void penalise(const tp_sampling& s, int row, Row& r) {
   const int64_t history = s.history_rows ? s.history_rows[row] : -1;
@@ -92,11 +90,13 @@ void penalise(const tp_sampling& s, int row, Row& r) {
   const int length = s.history_lengths[history], prompt = s.history_prompts[history];
   const float repetition = s.repetition_penalty[row], presence = s.presence_penalty[row];
   const float frequency = s.frequency_penalty[row];
-  for (int i = 0; i < length; ++i) r.counts[ids[i]] = 0;
-  for (int i = prompt; i < length; ++i) ++r.counts[ids[i]];
+  for (int i = 0; i < length; ++i)
+    if (is_id(r, ids[i])) r.counts[ids[i]] = 0;
+  for (int i = prompt; i < length; ++i)
+    if (is_id(r, ids[i])) ++r.counts[ids[i]];
   for (int i = 0; i < length; ++i) {
-    const int id = ids[i], count = r.counts[id];
-    if (count < 0) continue;  // done already
+    const int id = ids[i], count = is_id(r, id) ? r.counts[id] : -1;
+    if (count < 0) continue;  // done already, or no logit is its own
     float& score = r.scores[id];
     if (repetition != 1) score = score > 0 ? score / repetition : score * repetition;
     if (count > 0) score -= presence + frequency * static_cast<float>(count);
@@ -106,7 +106,8 @@ void penalise(const tp_sampling& s, int row, Row& r) {
 
 void add_bias(const tp_sampling& s, int row, Row& r) {
   if (!s.bias_starts) return;
-  for (int i = s.bias_starts[row]; i < s.bias_starts[row + 1]; ++i) r.scores[s.bias_ids[i]] += s.bias_values[i];
+  for (int i = s.bias_starts[row]; i < s.bias_starts[row + 1]; ++i)
+    if (is_id(r, s.bias_ids[i])) r.scores[s.bias_ids[i]] += s.bias_values[i];
 }
 
 // --- Warping --------------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ inline F32x16 likelihood(F32x16 score, float most) {
 void weigh(Row& r) {
   r.total = 0;
   for (int start = 0; start < r.padded; start += kBlock) {
-    const int end = start + kBlock < r.padded ? start + kBlock : r.padded;
+    const int end = smaller(start + kBlock, r.padded);
     LongSum sum;
     for (int i = start; i < end; i += kLanes) {
       const F32x16 v = likelihood(load(r.scores + i), r.most);
@@ -218,7 +219,7 @@ void write_logprobs(const tp_sampling& s, int row, Row& r, int token) {
   const float log_total = static_cast<float>(log(r.total));
   const auto logprob = [&](float score) { return score - r.most - log_total; };
   s.logprobs[row] = logprob(r.scores[token]);
-  const int wanted = s.num_logprobs[row] < r.vocab ? s.num_logprobs[row] : r.vocab;
+  const int wanted = smaller(smaller(s.num_logprobs[row], r.vocab), smaller(s.width, kFew));
   if (wanted == 0) return;
   const Weighted all{r.scores, nullptr, r.padded};
   const Cut cut = find_cut(all, wanted, r.most, r.few);

@@ -10,10 +10,12 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels/scalar.h"
+#include "tokenplane_cpu.h"
+
 namespace tp {
 namespace {
 
-constexpr int kLanes = 16;
 typedef float F32x16 __attribute__((vector_size(64)));
 typedef int32_t I32x16 __attribute__((vector_size(64)));
 typedef uint32_t U32x16 __attribute__((vector_size(64)));
@@ -66,21 +68,17 @@ inline void store_some(float* to, F32x16 value, int count) {
   else memcpy(to, &value, size_t(count) * sizeof(float));
 }
 
-// bf16 is the upper half of a float.
 inline F32x16 load_bf16(const uint16_t* from) {
   U16x16 half;
   memcpy(&half, from, sizeof half);
   return (F32x16)(__builtin_convertvector(half, U32x16) << 16);
 }
 
-inline float from_bf16(uint16_t half) {
-  const uint32_t bits = uint32_t(half) << 16;
-  float out;
-  memcpy(&out, &bits, sizeof out);
-  return out;
-}
+// 16 pairs of bf16, each pair in the 32 bits of a lane: the first ones, and the second.
+inline F32x16 first_of_pairs(U32x16 pairs) { return (F32x16)(pairs << 16); }
+inline F32x16 second_of_pairs(U32x16 pairs) { return (F32x16)(pairs & 0xffff0000u); }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// Rounds as to_bf16 does.
 inline void store_bf16(uint16_t* to, F32x16 value) {
 #if defined(__AVX512BF16__)
   const __m256bh half = _mm512_cvtneps_pbh((__m512)value);
@@ -99,6 +97,12 @@ inline void store_some(uint16_t* to, F32x16 value, int count) {
   uint16_t all[kLanes];
   store_bf16(all, value);
   memcpy(to, all, size_t(count) * sizeof(uint16_t));
+}
+
+// To elements [at, at + count) of TP_F32 or TP_BF16.
+inline void store_some(void* to, int type, int64_t at, F32x16 value, int count) {
+  if (type == TP_F32) store_some(static_cast<float*>(to) + at, value, count);
+  else store_some(static_cast<uint16_t*>(to) + at, value, count);
 }
 
 }  // namespace

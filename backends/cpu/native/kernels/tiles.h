@@ -1,18 +1,22 @@
 // AMX tiles: eight registers of 16 rows of 64 bytes, and the few operations on them that kernels here use.
 //
 // With TP_EMULATE_TILES the same operations are plain loops, so that kernels can be tested where there is no AMX; what
-// the processor refuses ends the process.
-// TP_TILES says whether a tier has tiles, either way.
+// the processor refuses ends the process. TP_TILES says whether a tier has tiles, either way.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+
+#include "kernels/simd.h"
 
 #if defined(__AMX_BF16__) || defined(TP_EMULATE_TILES)
 #define TP_TILES 1
 
 namespace tp {
 namespace {
+
+// The most a tile holds: rows of pairs of bf16 (or of so many floats).
+constexpr int kTileRows = 16, kTilePairs = 16, kTileRowBytes = 64;
 
 // Rows and bytes per row of each tile; what ldtilecfg reads (Intel, Instruction Set Extensions Reference, 3.2).
 struct alignas(64) TileShapes {
@@ -30,7 +34,7 @@ struct alignas(64) TileShapes {
 
 struct TileState {
   TileShapes shapes;
-  uint8_t tiles[8][16][64];
+  uint8_t tiles[8][kTileRows][kTileRowBytes];
 };
 thread_local TileState tile_state;
 
@@ -68,9 +72,6 @@ inline void tile_store(void* to, int64_t stride_bytes) {
            tile_state.shapes.row_bytes[kTile]);
 }
 
-typedef float TileFloats __attribute__((vector_size(64)));
-typedef uint32_t TileWords __attribute__((vector_size(64)));
-
 // sums [rows][16 floats] += left [rows][pairs of bf16] * right [pairs][16 columns of pairs]. Products of first and of
 // second elements are summed apart, as the processor does (Intel, Instruction Set Extensions Reference, TDPBF16PS);
 // unlike it this does not take denormal numbers for zeros.
@@ -81,15 +82,15 @@ inline void tile_multiply() {
   refuse(shapes.rows[kSums] != shapes.rows[kLeft] || shapes.rows[kRight] != pairs ||
          shapes.row_bytes[kSums] != shapes.row_bytes[kRight] || pairs == 0);
   for (int row = 0; row < shapes.rows[kSums]; ++row) {
-    TileFloats sums, first{}, second{};
+    F32x16 sums, first{}, second{};
     for (int pair = 0; pair < pairs; ++pair) {
       uint32_t left;
-      TileWords right;
+      U32x16 right;
       memcpy(&left, tile_state.tiles[kLeft][row] + pair * 4, sizeof left);
       memcpy(&right, tile_state.tiles[kRight][pair], sizeof right);
-      const TileWords both = left - TileWords{};
-      first += (TileFloats)(both << 16) * (TileFloats)(right << 16);
-      second += (TileFloats)(both & 0xffff0000u) * (TileFloats)(right & 0xffff0000u);
+      const U32x16 both = left - U32x16{};
+      first += first_of_pairs(both) * first_of_pairs(right);
+      second += second_of_pairs(both) * second_of_pairs(right);
     }
     memcpy(&sums, tile_state.tiles[kSums][row], sizeof sums);
     sums += first + second;
