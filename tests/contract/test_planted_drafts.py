@@ -26,7 +26,7 @@ from tokenplane_core.backend.records import (
     StepHandle,
     StepOutput,
 )
-from tokenplane_core.engine import batching
+from tokenplane_core.engine import masks
 from tokenplane_core.engine.engine import Engine
 from tokenplane_core.kit.checkpoint import write_tiny_llama
 from tokenplane_core.kit.laws import LAWS, NotApplicable, Subject
@@ -122,7 +122,7 @@ def commits_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def masks_do_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask of every draw is that of the row's first."""
-    monkeypatch.setattr(batching, "guesses", lambda guide, drafts: [guide for _ in drafts])
+    monkeypatch.setattr(masks, "guesses", lambda guide, drafts: [guide for _ in drafts])
 
 
 @pytest.mark.parametrize("plant", [commits_one_too_many, masks_do_not_follow])

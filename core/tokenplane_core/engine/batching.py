@@ -21,7 +21,7 @@ from ..backend.records import (
 from ..backend.sampling import History
 from ..backend.tables import draws_of
 from ..messages import SamplingParams, Submit
-from .grammar import GuidedRow, banned_by, guesses
+from .masks import GuidedRow
 from .scheduler import Plan, Row
 from .sequence import Sequence
 
@@ -202,21 +202,16 @@ class Batcher:
         )
 
 
-def guided_rows(plan: Plan, vocab_size: int) -> list[GuidedRow]:
+def guided_rows(plan: Plan) -> list[GuidedRow]:
     """Which of the plan's draws follow a grammar. Needs every token of theirs to be known."""
     out, draw = [], 0
     for row in plan.rows:
         if not row.sample:
             continue
-        sequence, guide = row.sequence, row.sequence.guide
-        if guide is not None:
+        sequence = row.sequence
+        if sequence.guidance is not None:
             assert row.start_tokens + row.num_tokens == len(sequence.token_ids), "a guide is behind its tokens"
-            must_come = sequence.sampling.min_new_tokens - sequence.num_generated_tokens
-            stops = [token_id for token_id in sequence.stop_token_ids if 0 <= token_id < vocab_size]
-            banned = banned_by(sequence.sampling)
-            out.append(GuidedRow(draw, guide, stops, banned, must_come <= 0))
-            for i, guess in enumerate(guesses(guide, row.drafts), start=1):
-                out.append(GuidedRow(draw + i, guess, stops, banned, must_come <= i))
+            out.append((draw, sequence.guidance, row.drafts))
         draw += 1 + len(row.drafts)
     return out
 

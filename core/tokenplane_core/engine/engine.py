@@ -34,9 +34,10 @@ from ..messages import (
 from ..validation import GREEDY_BELOW, no_prompt_logprobs, request_refusal
 from .adapters import REFUSALS, Adapters
 from .batching import Batcher, asked_of_sampler, guided_rows, histories, num_prompt_logprobs
-from .grammar import NO_MASKS, Grammars, Guide, PendingMasks, StepMasks
+from .grammar import Grammars, Guide
 from .grammar_check import GrammarError
 from .kv_cache import BlockPool
+from .masks import NO_MASKS, Guidance, PendingMasks, StepMasks, edits_for
 from .scheduler import MustDrain, Plan, Row, Scheduler
 from .sequence import Sequence, State
 from .speculation import Drafter, Speculation
@@ -269,7 +270,9 @@ class Engine:
         if not all(map(guide.consume, sequence.token_ids[sequence.num_prompt_tokens :])):
             self._fail(sequence, "grammar", f"the tokens so far do not follow the grammar {guide.error}".rstrip())
             return
-        sequence.guide = guide
+        edits = edits_for(sequence.sampling, sequence.stop_token_ids, self._vocab_size)
+        to_come = sequence.sampling.min_new_tokens - sequence.num_generated_tokens
+        sequence.guidance = Guidance(guide, edits, to_come)
         self._events[sequence.client].append(TokenEvent(sequence.request_id))
         self.scheduler.add(sequence)
 
@@ -340,8 +343,8 @@ class Engine:
         return True
 
     def _masks_of(self, plan: Plan) -> PendingMasks | None:
-        rows = guided_rows(plan, self._vocab_size) if self._grammars is not None else []
-        return PendingMasks(self._grammars, self._vocab_size, rows) if self._grammars is not None and rows else None
+        rows = guided_rows(plan) if self._grammars is not None else []
+        return PendingMasks(self._grammars, rows) if self._grammars is not None and rows else None
 
     def _started(self, sequence: Sequence) -> None:
         sequence.queue_s = self._clock() - sequence.arrival_s
@@ -432,10 +435,10 @@ class Engine:
         """False, and the sequence is ended, if its grammar does not allow what was drawn for row `index`, or anything.
 
         Changes:
-            The guide has consumed the token, unless that ends the sequence.
+            Else the token is among those that the sequence's guide is to consume.
         """
-        guide = sequence.guide
-        assert guide is not None
+        guidance = sequence.guidance
+        assert guidance is not None
         if index in masks.finished:
             self._count["requests_finished"] += 1
             self._events[sequence.client].append(
@@ -443,16 +446,19 @@ class Engine:
             )
             self._cancel(sequence.client, sequence.request_id)
         elif index in masks.stuck:
-            why = guide.error or "no token of the vocabulary leads on from here, or logit_bias bans them all"
+            why = guidance.guide.error or "no token of the vocabulary leads on from here, or logit_bias bans them all"
             self._fail(sequence, "grammar", f"the text cannot follow the grammar any further: {why}")
-        elif token_id not in sequence.stop_token_ids and not guide.consume(token_id):
-            why = guide.error or f"{self.capabilities.backend} drew the token {token_id}"
+        elif not masks.allows(index, token_id):
+            why = f"{self.capabilities.backend} drew the token {token_id}"
             self._fail(sequence, "", f"a token outside the grammar was drawn: {why}")
-        return sequence.state is not State.FINISHED
+        else:
+            guidance.behind.append(token_id)
+            return True
+        return False
 
     def _commit(self, sequence: Sequence, token_id: int, output: StepOutput, index: int, masks: StepMasks) -> None:
         """Append a live sequence's drawn token if its grammar allows it, decide whether it ends, tell the client."""
-        if sequence.guide is not None and not self._may_commit(sequence, token_id, index, masks):
+        if sequence.guidance is not None and not self._may_commit(sequence, token_id, index, masks):
             return
         sequence.token_ids.append(token_id)
         self._count["generated_tokens"] += 1

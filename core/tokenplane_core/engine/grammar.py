@@ -1,36 +1,28 @@
-"""Guided decoding: grammars compiled off the hot path, and the masks that keep sequences within them.
+"""Guided decoding: grammars compiled off the hot path, and what they allow next.
 
 llguidance does the work (it is imported with the first grammar). A grammar is compiled in a worker thread, after a
 child process has compiled it within limits of time and memory (grammar_check.py); the result is cached, and every
-sequence gets a copy of its own, a `Guide`. Masks are built while the device computes, all rows in parallel.
+sequence gets a copy of its own, a `Guide`. What becomes of guides in a step: masks.py.
 
-A guide knows the generated tokens and nothing of the device: it survives preemption as it is, and a request that
-outlives its engine brings its tokens along, which are consumed again. Because the mask of a token depends on the token
-before it, the engine reads a step with masks back before it launches the next one, also at async depth 1.
-
-The grammar is about the whole generated text. Where the text may end, the mask allows the request's stop tokens; where
-nothing else may follow, only them. If none of them can be drawn then (the client ignores them, or min_new_tokens bans
-them still), the sequence ends there, with reason "stop_token" and no further token. If the text may not end and no
-token of the vocabulary leads on, the request fails with an error.
+The grammar is about the whole generated text. A request that outlives its engine brings its tokens along, which are
+consumed again.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..backend.records import I32, U32, TokenMask
-from ..messages import Grammar, SamplingParams
+from ..backend.records import U32
+from ..messages import Grammar
 from .grammar_check import Checker, GrammarError, compile_grammar, first_lines, read_tokenizer
 
 if TYPE_CHECKING:
@@ -51,8 +43,8 @@ class Guide(Protocol):
         """Advance by a generated token; False if the grammar does not allow it, then the guide is of no more use."""
         ...
 
-    def copy(self) -> Guide:
-        """Another at the same place; what becomes of it does not concern this one."""
+    def ahead_by(self, token_id: int) -> Guide | None:
+        """Another, which has consumed the token; None if the grammar does not allow it. This one stays where it is."""
         ...
 
     @property
@@ -68,10 +60,9 @@ class Grammars(Protocol):
         """A guide at the start of the grammar, or GrammarError. Returns at once."""
         ...
 
-    def allowed(self, guides: Rows[Any]) -> I32:
-        """i32 [m, vocab // 32 + 1]: what each guide allows next, a bit for each id, and bit `vocab`: the text may end.
-
-        Bits above mean nothing. A guide that fails allows nothing, and says why in `error`.
+    def allowed(self, guides: Rows[Any]) -> tuple[U32, list[bool]]:
+        """u32 [m, ceil(vocab / 32)]: what each guide allows next, a bit for each id and none above them; and for each
+        guide, whether its text may end here. A guide that fails allows nothing, and says why in `error`.
         """
         ...
 
@@ -84,14 +75,18 @@ class Grammars(Protocol):
 class LLGuide:
     """A Guide over an llguidance matcher."""
 
+    __slots__ = ("matcher",)
+
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self.matcher = matcher
 
     def consume(self, token_id: int) -> bool:
         return self.matcher.consume_token(token_id)
 
-    def copy(self) -> LLGuide:
-        return LLGuide(self.matcher.deep_copy())
+    def ahead_by(self, token_id: int) -> LLGuide | None:
+        matcher = self.matcher.deep_copy()  # takes less time than its next mask
+        # `consume_token` would take a hundred times as long to say no: it describes the state.
+        return LLGuide(matcher) if matcher.try_consume_tokens([token_id]) == 1 else None
 
     @property
     def error(self) -> str:
@@ -110,6 +105,7 @@ class LLGrammars:
         self._lock = threading.Lock()
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._executor: llguidance.LLExecutor | None = None
+        self._room, self._address = np.empty((0, 0), np.uint32), 0
         # With few cores, waking a second thread takes longer than the masks of a batch.
         self._num_threads = min(MAX_MASK_THREADS, _num_cores() // 2)
 
@@ -124,35 +120,38 @@ class LLGrammars:
         compiled.add_done_callback(lambda done: _hand_over(done, guide))
         return guide
 
-    def allowed(self, guides: Rows[LLGuide]) -> I32:
+    def allowed(self, guides: Rows[LLGuide]) -> tuple[U32, list[bool]]:
         assert self._tokenizer is not None, "a guide comes from a tokenizer"
-        num_tokens, end = self._tokenizer.vocab_size, self._tokenizer.eos_token
-        words = np.zeros((len(guides), max(num_tokens, self._vocab_size) // 32 + 1), np.int32)
-        self._fill(words, guides, -(-num_tokens // 32) * 4)
-        for i, guide in enumerate(guides):
-            if guide.matcher.is_error():
-                words[i] = 0
-        may_end = _bit(words, end)
+        matchers = [guide.matcher for guide in guides]
+        words = self._masks(matchers, self._tokenizer.vocab_size)[:, : -(-self._vocab_size // 32)].copy()
+        end = self._tokenizer.eos_token
         if end < self._vocab_size:  # one of the model's ids that no token has
-            _clear_bit(words, end)
-        _clear_bit(words, self._vocab_size)
-        words[:, self._vocab_size // 32] |= np.where(may_end, _one_bit(self._vocab_size), 0)
-        return words[:, : self._vocab_size // 32 + 1]
+            words[:, end // 32] &= ~np.uint32(1 << end % 32)
+        if self._vocab_size % 32:
+            words[:, -1] &= np.uint32((1 << self._vocab_size % 32) - 1)
+        failed = [i for i, matcher in enumerate(matchers) if matcher.is_error()]
+        if failed:
+            words[failed] = 0
+        return words, [matcher.is_accepting() for matcher in matchers]
 
-    def _fill(self, words: I32, guides: Rows[LLGuide], row_bytes: int) -> None:
-        """The first `row_bytes` of each row. By address: llguidance's helper for a row takes as long as many a mask."""
-        start, stride = words.ctypes.data, words.strides[0]
-        if self._num_threads > 1 and len(guides) > 1:
+    def _masks(self, matchers: list[llguidance.LLMatcher], num_tokens: int) -> U32:
+        """u32 [m, ceil(num_tokens / 32)] of room that is used again. By address: llguidance's helper for a row takes as
+        long as many a mask, and looking an address up as long as a few.
+        """
+        num_rows, row_bytes = len(matchers), -(-num_tokens // 32) * 4
+        if len(self._room) < num_rows:
+            self._room = np.empty((num_rows, row_bytes // 4), np.uint32)
+            self._address = self._room.ctypes.data
+        if self._num_threads > 1 and num_rows > 1:
             from llguidance import LLExecutor
 
             self._executor = self._executor or LLExecutor(self._num_threads)
-            exact = words if stride == row_bytes else np.zeros((len(guides), row_bytes // 4), np.int32)
-            matchers = [(guide.matcher, i) for i, guide in enumerate(guides)]
-            self._executor.unsafe_compute_mask_ptr(matchers, exact.ctypes.data, row_bytes, len(guides))
-            words[:, : row_bytes // 4] = exact
-            return
-        for i, guide in enumerate(guides):
-            guide.matcher.unsafe_compute_mask_ptr(start + i * stride, row_bytes)
+            rows = [(matcher, i) for i, matcher in enumerate(matchers)]
+            self._executor.unsafe_compute_mask_ptr(rows, self._address, row_bytes, num_rows)
+        else:
+            for i, matcher in enumerate(matchers):
+                matcher.unsafe_compute_mask_ptr(self._address + i * row_bytes, row_bytes)
+        return self._room[:num_rows]
 
     def close(self) -> None:
         self._workers.shutdown(wait=False, cancel_futures=True)
@@ -202,122 +201,3 @@ def _hand_over(compiled: Future[llguidance.LLMatcher], guide: Future[Guide]) -> 
         guide.set_exception(error)
     else:
         guide.set_result(LLGuide(compiled.result().deep_copy()))
-
-
-# --- The masks of a step ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class GuidedRow:
-    """A draw of a step that is under a grammar."""
-
-    row: int  # entry of the SamplingBatch
-    guide: Guide
-    stop_token_ids: Rows[int]  # that end this sequence, all below the vocabulary size
-    banned_ids: Rows[int]  # that a logit bias of -inf bans
-    may_stop: bool  # False: min_new_tokens bans the stop tokens still
-
-
-@dataclass(frozen=True, slots=True)
-class StepMasks:
-    """The masks of one step, and the rows that can draw nothing. The latter draw anything, which is dropped."""
-
-    words: U32  # u32 [m, ceil(vocab / 32)]
-    finished: frozenset[int]  # rows of the SamplingBatch whose text is complete
-    stuck: frozenset[int]  # rows that no token leads on
-
-
-class PendingMasks:
-    """The masks of one step, built when somebody first asks: the backend's sampler, which does so once the forward pass
-    is launched, or the engine before it waits for the device. Until then, nobody may advance the guides.
-
-    Not in a thread of its own: that would wait for the interpreter's lock longer than the work takes.
-    """
-
-    def __init__(self, grammars: Grammars, vocab_size: int, rows: Rows[GuidedRow]) -> None:
-        self._grammars, self._vocab_size, self._rows = grammars, vocab_size, rows
-        self._masks: StepMasks | None = None
-
-    def token_mask(self) -> TokenMask:
-        """For the backend."""
-        return TokenMask(np.array([row.row for row in self._rows], np.int32), lambda: self.result().words)
-
-    def result(self) -> StepMasks:
-        if self._masks is None:
-            self._masks = self._build()
-        return self._masks
-
-    def _build(self) -> StepMasks:
-        words = self._grammars.allowed([row.guide for row in self._rows]).view(np.uint32)
-        may_end = _bit(words, self._vocab_size)
-        words = np.ascontiguousarray(words[:, : -(-self._vocab_size // 32)])
-        if self._vocab_size % 32:
-            words[:, -1] &= np.uint32((1 << self._vocab_size % 32) - 1)
-        rows_of: dict[tuple[int, ...], list[int]] = {}
-        for i, row in enumerate(self._rows):
-            rows_of.setdefault(tuple(row.stop_token_ids), []).append(i)
-        for stop_ids, rows in rows_of.items():
-            # A stop token that stands for text would end the answer in the middle.
-            _set_bits(words, rows, stop_ids, False)
-            _set_bits(words, [i for i in rows if may_end[i] and self._rows[i].may_stop], stop_ids, True)
-        for i, row in enumerate(self._rows):
-            _set_bits(words, [i], tuple(row.banned_ids), False)
-        lost = np.flatnonzero(~words.any(axis=1)).tolist()
-        words[lost] = ~np.uint32(0)
-        finished = frozenset(self._rows[i].row for i in lost if may_end[i])
-        return StepMasks(words, finished, frozenset(self._rows[i].row for i in lost) - finished)
-
-
-def guesses(guide: Guide, drafts: Rows[int]) -> list[Guide]:
-    """Where the sequence would be after each of the drafts, up to the first that the grammar does not allow: what is
-    drawn behind that one is dropped, so it needs no mask.
-
-    Copies, as a matcher that has failed cannot be rolled back; a copy takes as long as a mask.
-    """
-    out: list[Guide] = []
-    for token_id in drafts:
-        guide = guide.copy()
-        if not guide.consume(token_id):
-            break
-        out.append(guide)
-    return out
-
-
-NO_MASKS = StepMasks(np.zeros((0, 0), np.uint32), frozenset(), frozenset())
-
-
-def banned_by(params: SamplingParams) -> list[int]:
-    """Ids that a logit bias bans."""
-    return [token_id for token_id, bias in params.logit_bias.items() if bias == -np.inf]
-
-
-def _bit(words: I32 | U32, index: int) -> np.ndarray:
-    """bool [m]: one bit of each row."""
-    bits: np.ndarray = (words[:, index // 32] >> (index % 32)) & 1 == 1
-    return bits
-
-
-def _one_bit(index: int) -> np.int32:
-    """That of an id, in its word."""
-    return np.uint32(1 << index % 32).astype(np.int32)
-
-
-def _clear_bit(words: I32, index: int) -> None:
-    words[:, index // 32] &= ~_one_bit(index)
-
-
-def _set_bits(words: U32, rows: list[int], ids: tuple[int, ...], value: bool) -> None:
-    """Set the bits of the ids in these rows of u32 [m, w], in place."""
-    if rows and ids:
-        columns, bits = _places(ids)
-        at = (np.array(rows)[:, None], columns)
-        words[at] = words[at] | bits if value else words[at] & ~bits
-
-
-@functools.lru_cache(256)
-def _places(ids: tuple[int, ...]) -> tuple[np.ndarray, U32]:
-    """The words that the ids are in, each once, and their bits there."""
-    bits_in: dict[int, int] = {}
-    for token_id in ids:
-        bits_in[token_id // 32] = bits_in.get(token_id // 32, 0) | 1 << token_id % 32
-    return np.array(list(bits_in)), np.array(list(bits_in.values()), np.uint32)

@@ -8,8 +8,8 @@ from array import array
 
 from ..messages import SamplingParams, Submit
 from .adapters import NO_ADAPTER
-from .grammar import Guide
 from .kv_cache import BlockKey
+from .masks import Guidance
 
 
 class State(enum.Enum):
@@ -32,7 +32,7 @@ class Sequence:
         "block_ids",
         "block_keys",
         "client",
-        "guide",
+        "guidance",
         "last_step",
         "max_new_tokens",
         "most_drafts",
@@ -66,7 +66,7 @@ class Sequence:
         self.max_new_tokens = request.max_new_tokens
         self.most_tokens = self.num_prompt_tokens + request.max_new_tokens
         self.sampling: SamplingParams = request.sampling
-        self.guide: Guide | None = None  # where token_ids are in the grammar, if there is one
+        self.guidance: Guidance | None = None  # within its grammar, if there is one
         self.adapter = NO_ADAPTER  # that its tokens are computed with
         self.samples_on_host = False  # asks for something the device's sampler lacks
         self.most_drafts: int | None = None  # worth a try in its next step, see speculation.py; None: not tried yet

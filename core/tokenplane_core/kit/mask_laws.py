@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend.records import I32, Bool, Capabilities
+from ..backend.records import U32, Bool, Capabilities
 from ..engine.grammar import Guide
 from ..messages import Grammar, SamplingParams
 from .runner import LocalEngine, Outcome
@@ -53,8 +53,9 @@ class LotteryGuide:
         self._last = token_id
         return True
 
-    def copy(self) -> LotteryGuide:
-        return copy.copy(self)
+    def ahead_by(self, token_id: int) -> LotteryGuide | None:
+        other = copy.copy(self)
+        return other if other.consume(token_id) else None
 
 
 class LotteryGrammars:
@@ -69,12 +70,12 @@ class LotteryGrammars:
         self._num_guides += 1
         return ready
 
-    def allowed(self, guides: Rows[Any]) -> I32:
-        bits = np.zeros((len(guides), (self._vocab_size // 32 + 1) * 32), np.bool_)
+    def allowed(self, guides: Rows[Any]) -> tuple[U32, list[bool]]:
+        bits = np.zeros((len(guides), -(-self._vocab_size // 32) * 32), np.bool_)
         for row, guide in zip(bits, guides, strict=True):
             row[: self._vocab_size] = guide.allowed()
         packed = np.packbits(bits, axis=-1, bitorder="little")
-        return packed.view("<i4").astype(np.int32)
+        return packed.view("<u4").astype(np.uint32), [False] * len(guides)
 
     def close(self) -> None:
         pass
