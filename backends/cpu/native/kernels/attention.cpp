@@ -77,10 +77,15 @@ inline F32x16 load_int8(const uint8_t* from) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return (F32x16)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
+#elif defined(__AVX2__)
+  const auto half = [](const uint8_t* at) {
+    return (Register<float, 8>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)));
+  };
+  return {half(from), half(from + 8)};
 #else
-  F32x16 out;
+  float out[kLanes];
   for (int i = 0; i < kLanes; ++i) out[i] = static_cast<float>(static_cast<int8_t>(from[i]));
-  return out;
+  return load(out);
 #endif
 }
 
@@ -131,7 +136,7 @@ Span find_span(const AttentionTask& t, int number, const Scratch& s) {
 // Scores of one query, of which it sees [begin, end), to weights relative to the largest; others get weight 0.
 void weigh(const tp_attention& l, const Span& span, int begin, int end, float* scores, uint8_t* weights, float* most,
            float* total) {
-  const I32x16 lanes = (I32x16)lane_numbers();
+  const I32x16 lanes = lane_numbers();
   const int first = begin / kLanes, last = (end + kLanes - 1) / kLanes;
   F32x16 best = broadcast(-INFINITY), sums{};
   for (int g = first; g < last; ++g) {
@@ -140,9 +145,9 @@ void weigh(const tp_attention& l, const Span& span, int begin, int end, float* s
     if (l.softcap != 0) v = l.softcap * tanh(v / l.softcap);
     if (g * kLanes < begin || (g + 1) * kLanes > end) {
       const I32x16 key = lanes + g * kLanes;
-      v = (key >= begin) & (key < end) ? v : broadcast(-INFINITY);
+      v = select((key >= begin) & (key < end), v, broadcast(-INFINITY));
     }
-    best = v > best ? v : best;
+    best = select(v > best, v, best);
     store(scores + g * kLanes, v);
   }
   *most = largest(best);
@@ -150,11 +155,11 @@ void weigh(const tp_attention& l, const Span& span, int begin, int end, float* s
     F32x16 weight{};
     if (g >= first && g < last) {
       const F32x16 v = load(scores + g * kLanes);
-      weight = v > -INFINITY ? exponential(v - *most) : F32x16{};
+      weight = select(v > -INFINITY, exponential(v - *most), F32x16{});
       sums += weight;
       // What nobody wrote may be a NaN.
       if (l.type == TP_INT8)
-        weight = v > -INFINITY ? weight * load(span.value_scales[g / 2] + g % 2 * kLanes) : F32x16{};
+        weight = select(v > -INFINITY, weight * load(span.value_scales[g / 2] + g % 2 * kLanes), F32x16{});
     }
     if (l.type == TP_F32) store(reinterpret_cast<float*>(weights) + g * kLanes, weight);
     else store_bf16(reinterpret_cast<uint16_t*>(weights) + g * kLanes, weight);

@@ -116,8 +116,7 @@ inline void copy_odd_values(uint8_t* to, const uint8_t* from, int keys, int colu
   const size_t whole = size_t(keys / 2) * columns * 4;
   memcpy(to, from, whole);
   for (int c = 0; c < columns; c += kLanes) {
-    const U16x32 pairs = Bf16Keys::without_second(load_unaligned<U16x32>(from + whole + c * 4));
-    memcpy(to + whole + c * 4, &pairs, sizeof pairs);
+    store(to + whole + c * 4, Bf16Keys::without_second(load_as<U32x16>(from + whole + c * 4)));
   }
 }
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "kernels/attention.h"
-#include "kernels/linear_dot.h"
+#include "kernels/linear_formats.h"
 #include "kernels/simd.h"
 
 namespace tp {
@@ -18,17 +18,17 @@ struct F32Keys {
   using Vector = F32x16;
   static constexpr int kWeightBytes = 4;
   static constexpr int kKeysPerStep = 1;
-  static void add(F32x16& sum, F32x16 vector, float scalar) { sum += vector * scalar; }
-  static F32x16 without_second(F32x16 vector) { return vector; }
+  static void add(F32x16& sum, const F32x16& vector, float scalar) { sum += vector * scalar; }
+  static F32x16 without_second(const F32x16& vector) { return vector; }
 };
 
 struct Bf16Keys {
   using Scalar = uint32_t;
-  using Vector = U16x32;
+  using Vector = U32x16;
   static constexpr int kWeightBytes = 2;
   static constexpr int kKeysPerStep = 2;
-  static void add(F32x16& sum, U16x32 vector, uint32_t scalar) { add_products(sum, vector, scalar); }
-  static U16x32 without_second(U16x32 vector) { return bits<U16x32>(bits<U32x16>(vector) & 0xffffu); }
+  static void add(F32x16& sum, const U32x16& vector, uint32_t scalar) { add_products(sum, vector, input_of(scalar)); }
+  static U32x16 without_second(const U32x16& vector) { return vector & 0xffffu; }
 };
 
 // What fits into the vector registers: rows of a tile of them, and groups of 16 keys or columns beside that many rows.
@@ -52,7 +52,7 @@ inline void score_tile(const typename Format::Scalar* query, int steps, const ui
   for (int step = 0; step < steps; ++step) {
     typename Format::Vector vectors[kGroups];
     for (int g = 0; g < kGroups; ++g) {
-      vectors[g] = load_unaligned<typename Format::Vector>(keys[g] + size_t(step) * 64);
+      vectors[g] = load_as<typename Format::Vector>(keys[g] + size_t(step) * 64);
       fetch(next[g] + size_t(step) * 64);
     }
     for (int r = 0; r < kRows; ++r)
@@ -86,12 +86,12 @@ inline void value_tile(const uint8_t* weights, size_t weight_stride, const uint8
     const uint8_t *at = blocks[step / kSteps] + place, *after = next[step / kSteps] + place;
     typename Format::Vector vectors[kColumns];
     for (int c = 0; c < kColumns; ++c) {
-      vectors[c] = load_unaligned<typename Format::Vector>(at + c * 64);
+      vectors[c] = load_as<typename Format::Vector>(at + c * 64);
       fetch(after + c * 64);
       if (half) vectors[c] = Format::without_second(vectors[c]);
     }
     for (int r = 0; r < kRows; ++r) {
-      const auto weight = load_unaligned<typename Format::Scalar>(weights + r * weight_stride + size_t(step) * 4);
+      const auto weight = load_as<typename Format::Scalar>(weights + r * weight_stride + size_t(step) * 4);
       for (int c = 0; c < kColumns; ++c) Format::add(sums[r][c], vectors[c], weight);
     }
   };

@@ -12,8 +12,6 @@ namespace {
 
 constexpr int kFew = TP_MOST_LOGPROBS;  // so many are sorted
 
-typedef double F64x16 __attribute__((vector_size(128)));
-
 // A sum that is exact enough to compare with one in another order: few values in f32, all others in f64.
 struct LongSum {
   F64x16 total{};
@@ -25,7 +23,7 @@ struct LongSum {
     if (++count == 4) flush();
   }
   void flush() {
-    total += __builtin_convertvector(some, F64x16);
+    total += convert<F64x16>(some);
     some = F32x16{};
     count = 0;
   }
@@ -40,6 +38,8 @@ struct LongSum {
 inline uint32_t lanes_of(I32x16 truth) {
 #if defined(__AVX512DQ__)
   return _mm512_movepi32_mask((__m512i)truth);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)truth.low) | _mm256_movemask_ps((__m256)truth.high) << 8);
 #else
   uint32_t lanes = 0;
   for (int i = 0; i < kLanes; ++i) lanes |= uint32_t(truth[i] & 1) << i;
@@ -64,7 +64,7 @@ struct Cut {
   int last;
 
   I32x16 keeps(F32x16 v, int first_id) const {
-    const I32x16 id = (I32x16)lane_numbers() + first_id;
+    const I32x16 id = lane_numbers() + first_id;
     return (v > value) | ((v == value) & (id <= last));
   }
 };
@@ -79,7 +79,7 @@ inline Above above(const Weighted& all, float limit) {
   I32x16 count{};
   for (int i = 0; i < all.count; i += kLanes) {
     const I32x16 chosen = all.value(i) > limit;
-    weight.add(chosen ? all.weight(i) : F32x16{});
+    weight.add(select(chosen, all.weight(i), F32x16{}));
     count -= chosen;
   }
   int64_t counted = 0;

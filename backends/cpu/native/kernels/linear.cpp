@@ -171,7 +171,8 @@ bool wants_packed(const tp_linear_weight& w, int rows) {
 }
 
 size_t packed_bytes(const tp_linear_weight& w, int rows) {
-  return size_t(round_up(rows, kGroupRows)) * padded_inputs(w) * element_bytes(input_type(w));
+  const size_t pair = w.type == TP_F32 ? sizeof(F32Format::Input) : in_tiles(w) ? 4 : sizeof(Bf16Format::Input);
+  return size_t(round_up(rows, kGroupRows)) * (padded_inputs(w) / 2) * pair;
 }
 
 void pack_group(const tp_linear_weight& w, const LinearInput& from, int group, void* to) {
@@ -181,10 +182,10 @@ void pack_group(const tp_linear_weight& w, const LinearInput& from, int group, v
     pad(static_cast<uint16_t*>(to) + 2 * pairs, static_cast<const uint16_t*>(from.rows) + start, from.stride, rows,
         w.inputs, padded);
   else if (w.type == TP_F32)
-    interleave_all(static_cast<F32Pair*>(to) + pairs, static_cast<const float*>(from.rows) + start, from.stride, rows,
+    interleave_all(static_cast<F32Format::Input*>(to) + pairs, static_cast<const float*>(from.rows) + start, from.stride, rows,
                    w.inputs, padded);
   else
-    interleave_all(static_cast<uint32_t*>(to) + pairs, static_cast<const uint16_t*>(from.rows) + start, from.stride,
+    interleave_all(static_cast<Bf16Format::Input*>(to) + pairs, static_cast<const uint16_t*>(from.rows) + start, from.stride,
                    rows, w.inputs, padded);
 }
 

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels/linear.h"
+#include "kernels/linear_dot.h"
 #include "kernels/simd.h"
 
 namespace tp {
@@ -18,20 +19,22 @@ void pad(uint16_t* to, const uint16_t* from, int64_t stride, int rows, int input
 }
 
 // to[pair][row]: the pairs [first, last) of a group's rows, zeros behind the row's end. What stands behind the last row
-// is computed with, and nobody looks at the result. Pairs of f32 are 8 bytes, of bf16 4.
+// is computed with, and nobody looks at the result.
 template <class Pair, class Element>
 void interleave(Pair* to, const Element* from, int64_t stride, int rows, int inputs, int first, int last) {
   for (int row = 0; row < rows; ++row) {
     const Element* at = from + row * stride;
     const int whole = larger(first, smaller(inputs / 2, last));
-    for (int pair = first; pair < whole; ++pair) memcpy(to + pair * kGroupRows + row, at + 2 * pair, sizeof(Pair));
+    for (int pair = first; pair < whole; ++pair) to[pair * kGroupRows + row] = pair_at(at + 2 * pair);
     for (int pair = whole; pair < last; ++pair) {
       Element end[2] = {};
       if (2 * pair < inputs) end[0] = at[2 * pair];
-      memcpy(to + pair * kGroupRows + row, end, sizeof(Pair));
+      to[pair * kGroupRows + row] = pair_at(end);
     }
   }
 }
+
+#if defined(__AVX512BF16__)
 
 // The same for 16 whole pairs of bf16: four rows at a time become, within each quarter of a vector, four pairs.
 void interleave_16(uint32_t* to, const uint16_t* from, int64_t stride, int rows) {
@@ -56,8 +59,11 @@ void interleave_all(uint32_t* to, const uint16_t* from, int64_t stride, int rows
   interleave(to, from, stride, rows, inputs, whole, padded / 2);
 }
 
+#endif
+
 // Some pairs at a time: all of them would leave the first cache before the next row is written between them.
-void interleave_all(F32Pair* to, const float* from, int64_t stride, int rows, int inputs, int padded) {
+template <class Pair, class Element>
+void interleave_all(Pair* to, const Element* from, int64_t stride, int rows, int inputs, int padded) {
   for (int pair = 0; pair < padded / 2; pair += kInputPadding / 2)
     interleave(to, from, stride, rows, inputs, pair, pair + kInputPadding / 2);
 }

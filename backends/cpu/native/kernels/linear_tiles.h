@@ -75,10 +75,8 @@ void widen(uint8_t* to, const uint8_t* from, int pairs) {
     fetch(from);
     const Format step(from);
     for (int i = 0; i < Format::kPairs; ++i)
-      for (int half = 0; half < 2; ++half, to += 64) {
-        const U16x32 words = step.get(i, half);
-        memcpy(to, &words, sizeof words);
-      }
+      for (int half = 0; half < 2; ++half, to += 64)
+        store(to, pairs_of(step.get(i, half)));
   }
 }
 
@@ -89,7 +87,7 @@ void scale_values(uint8_t* values, const Block& block, int first, int pairs) {
     const uint16_t* scales = block.scales + (first + pair) / block.group_pairs * kBlockColumns;
     for (int half = 0; half < 2; ++half, values += 64) {
       const F32x16 scale = load_bf16(scales + half * kLanes);
-      const U32x16 words = load_unaligned<U32x16>(values);
+      const U32x16 words = load_as<U32x16>(values);
       uint16_t even[kLanes], odd[kLanes];
       store_bf16(even, first_of_pairs(words) * scale);
       store_bf16(odd, second_of_pairs(words) * scale);

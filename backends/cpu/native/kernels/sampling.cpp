@@ -44,14 +44,15 @@ struct Row {
 
 inline F32x16 padded_load(const float* logits, int i, int vocab) {
   if (i + kLanes <= vocab) return load(logits + i);
-  F32x16 v = broadcast(-INFINITY);
-  memcpy(&v, logits + i, size_t(vocab - i) * sizeof(float));
-  return v;
+  float some[kLanes];
+  store(some, broadcast(-INFINITY));
+  memcpy(some, logits + i, size_t(vocab - i) * sizeof(float));
+  return load(some);
 }
 
 inline F32x16 allowed_only(F32x16 v, const uint32_t* mask, int i) {
-  const U32x16 word = U32x16{} + (mask[i / 32] >> (i % 32));
-  return (word >> lane_numbers() & 1u) != 0 ? v : broadcast(-INFINITY);
+  const U32x16 word = broadcast(mask[i / 32] >> (i % 32));
+  return select((word >> as<U32x16>(lane_numbers()) & 1u) != 0u, v, broadcast(-INFINITY));
 }
 
 // Calls body(i, logits of ids [i, i + 16)), those that the mask forbids as -inf.
@@ -66,11 +67,11 @@ inline void each_logit(const float* logits, int vocab, const uint32_t* mask, Bod
 // -1 where no id has a finite logit above all others': they are NaN, or -inf, or one is inf.
 int best_id(const float* logits, int vocab, const uint32_t* mask) {
   F32x16 best = broadcast(-INFINITY);
-  I32x16 ids = (I32x16)lane_numbers();
+  I32x16 ids = lane_numbers();
   each_logit(logits, vocab, mask, [&](int i, F32x16 v) {
     const I32x16 better = v > best;
-    best = better ? v : best;
-    ids = better ? (I32x16)lane_numbers() + i : ids;
+    best = select(better, v, best);
+    ids = select(better, lane_numbers() + i, ids);
   });
   const float most = largest(best);
   if (!__builtin_isfinite(most)) return -1;
@@ -116,14 +117,14 @@ void measure(Row& r) {
   F32x16 best = broadcast(-INFINITY);
   for (int i = 0; i < r.padded; i += kLanes) {
     const F32x16 v = load(r.scores + i);
-    best = v > best ? v : best;
+    best = select(v > best, v, best);
   }
   r.most = largest(best);
 }
 
 inline F32x16 likelihood(F32x16 score, float most) {
   const F32x16 below = score - most;
-  return below > -87.0f ? exponential(below) : F32x16{};
+  return select(below > -87.0f, exponential(below), F32x16{});
 }
 
 void weigh(Row& r) {
@@ -142,7 +143,7 @@ void weigh(Row& r) {
 
 void keep(Row& r, const float* keys, const Cut& cut) {
   for (int i = 0; i < r.padded; i += kLanes)
-    store(r.scores + i, cut.keeps(load(keys + i), i) ? load(r.scores + i) : broadcast(-INFINITY));
+    store(r.scores + i, select(cut.keeps(load(keys + i), i), load(r.scores + i), broadcast(-INFINITY)));
 }
 
 void keep_best(Row& r, int k) { keep(r, r.scores, find_cut({r.scores, nullptr, r.padded}, k, r.most, r.few)); }
@@ -158,14 +159,14 @@ void keep_typical(Row& r, float mass) {
   LongSum sum;
   for (int i = 0; i < r.padded; i += kLanes) {
     const F32x16 weight = load(r.likelihoods + i);
-    sum.add(weight > 0 ? weight * (log_total - (load(r.scores + i) - r.most)) : F32x16{});
+    sum.add(select(weight > 0, weight * (log_total - (load(r.scores + i) - r.most)), F32x16{}));
   }
   const float entropy = static_cast<float>(sum.get() / r.total);
   F32x16 best = broadcast(-INFINITY);
   for (int i = 0; i < r.padded; i += kLanes) {
     const F32x16 off = log_total - (load(r.scores + i) - r.most) - entropy;
-    const F32x16 key = load(r.likelihoods + i) > 0 ? (off < 0 ? off : -off) : broadcast(-INFINITY);
-    best = key > best ? key : best;
+    const F32x16 key = select(load(r.likelihoods + i) > 0, select(off < 0, off, -off), broadcast(-INFINITY));
+    best = select(key > best, key, best);
     store(r.keys + i, key);
   }
   keep(r, r.keys, find_cut({r.keys, r.likelihoods, r.padded}, mass * r.total, largest(best), r.few));
@@ -176,7 +177,7 @@ void keep_likely(Row& r, float share) {
   const float least = r.most + logf(share);
   for (int i = 0; i < r.padded; i += kLanes) {
     const F32x16 v = load(r.scores + i);
-    store(r.scores + i, v >= least ? v : broadcast(-INFINITY));
+    store(r.scores + i, select(v >= least, v, broadcast(-INFINITY)));
   }
 }
 

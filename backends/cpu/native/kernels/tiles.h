@@ -82,19 +82,15 @@ inline void tile_multiply() {
   refuse(shapes.rows[kSums] != shapes.rows[kLeft] || shapes.rows[kRight] != pairs ||
          shapes.row_bytes[kSums] != shapes.row_bytes[kRight] || pairs == 0);
   for (int row = 0; row < shapes.rows[kSums]; ++row) {
-    F32x16 sums, first{}, second{};
+    F32x16 first{}, second{};
     for (int pair = 0; pair < pairs; ++pair) {
-      uint32_t left;
-      U32x16 right;
-      memcpy(&left, tile_state.tiles[kLeft][row] + pair * 4, sizeof left);
-      memcpy(&right, tile_state.tiles[kRight][pair], sizeof right);
-      const U32x16 both = left - U32x16{};
-      first += first_of_pairs(both) * first_of_pairs(right);
-      second += second_of_pairs(both) * second_of_pairs(right);
+      const U32x16 left = broadcast(load_as<uint32_t>(tile_state.tiles[kLeft][row] + pair * 4));
+      const U32x16 right = load_as<U32x16>(tile_state.tiles[kRight][pair]);
+      first += first_of_pairs(left) * first_of_pairs(right);
+      second += second_of_pairs(left) * second_of_pairs(right);
     }
-    memcpy(&sums, tile_state.tiles[kSums][row], sizeof sums);
-    sums += first + second;
-    memcpy(tile_state.tiles[kSums][row], &sums, sizeof sums);
+    auto* sums = tile_state.tiles[kSums][row];
+    store(sums, load_as<F32x16>(sums) + (first + second));
   }
 }
 
