@@ -85,6 +85,7 @@ _OPENAI_FIELDS = {
     "num_logprobs": "logprobs",
     "min_new_tokens": "min_tokens",
     "prompt_logprobs": "echo",
+    "num_prompt_top_logprobs": "logprobs",
     "adapter": "model",
 }
 _TGI_FIELDS = {

@@ -42,6 +42,7 @@ class GenerationSpec:
     wants_tokens: bool = False  # pieces list their tokens
     wants_token_texts: bool = False  # ... with the text of each, special tokens included
     wants_prompt_logprobs: bool = False  # see prompt_tokens()
+    num_prompt_top_logprobs: int = 0  # ... and of so many alternatives to each
     adapter: LoadedAdapter | None = None  # that it is computed with
 
     def submit(self, request_id: str, stop_token_ids: list[int]) -> Submit:
@@ -53,6 +54,7 @@ class GenerationSpec:
             stop_token_ids=[] if self.ignore_eos else stop_token_ids,
             grammar=self.grammar,
             prompt_logprobs=self.wants_prompt_logprobs,
+            num_prompt_top_logprobs=self.num_prompt_top_logprobs,
             adapter=self.adapter.number if self.adapter is not None else 0,
         )
 
@@ -82,6 +84,7 @@ class PromptToken:
     id: int
     text: str  # those of all tokens, joined, are the prompt, special tokens included
     logprob: float | None  # None for the first: nothing stands before it
+    top_logprobs: list[tuple[int, float]]  # (id, logprob), best first; as many as the spec wants
 
 
 class TokenStream(Protocol):
@@ -123,6 +126,7 @@ class Generation:
         self.num_tokens = 0  # generated, the stop token included
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[float] | None = None  # from the first piece on, if the spec wants them
+        self.prompt_top_logprobs: list[list[tuple[int, float]]] | None = None  # with them
         self.finish_reason: FinishReason | None = None
         self._stream = stream
         self._tokenizer = tokenizer
@@ -185,6 +189,7 @@ class Generation:
             self.num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
+            self.prompt_top_logprobs = event.prompt_top_logprobs
         if event.token_ids and not self.times.first_token_s:
             self.times.first_token_s = perf_counter()
 
@@ -260,8 +265,9 @@ def prompt_tokens(generation: Generation, tokenizer: TextTokenizer) -> list[Prom
     if generation.prompt_logprobs is None:
         return []
     decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
-    known = zip(generation.spec.prompt_ids, generation.prompt_logprobs, strict=True)
-    tokens = [PromptToken(token_id, decoder.push(token_id), logprob) for token_id, logprob in known]
+    tops = generation.prompt_top_logprobs or [[]] * len(generation.prompt_logprobs)
+    known = zip(generation.spec.prompt_ids, generation.prompt_logprobs, tops, strict=True)
+    tokens = [PromptToken(token_id, decoder.push(token_id), logprob, top) for token_id, logprob, top in known]
     tokens[0].logprob = None
     tokens[-1].text += decoder.flush()
     return tokens

@@ -56,6 +56,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, omit_defaults=True):
     stop_token_ids: list[int] = []
     priority: int = 0  # lower runs earlier; see scheduler.py for ageing
     prompt_logprobs: bool = False  # computes the whole prompt: finds nothing in the prefix cache
+    num_prompt_top_logprobs: int = 0  # with prompt_logprobs: also of the k best at each place
     grammar: Grammar | None = None
     adapter: int = 0  # number of the LoRA adapter it is computed with; 0: none
 
@@ -94,6 +95,8 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     queue_s: float | None = None  # in the first events, with tokens and without: from arrival to the first step
     num_cached_tokens: int = 0  # in the first event: prompt tokens that came from the prefix cache
     prompt_logprobs: list[float] | None = None  # in the first event, if asked for: one per prompt token, NaN first
+    # With prompt_logprobs, if asked for: (id, logprob) at the place of each prompt token, best first; [] first.
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -127,6 +130,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_prompt_tokens: int  # longest prompt the device can take in
     memory: list[MemoryRow]  # where the device's memory went, estimated and measured
     prompt_logprobs: bool  # whether a request may ask for them
+    prompt_top_logprobs: bool  # ... and for the best at each place
     max_adapters: int = 0  # LoRA adapters at a time
     max_adapter_rank: int = 0
     max_drafts: int = 0  # guessed tokens that a step verifies for a sequence; 0: no speculation

@@ -6,11 +6,17 @@ A request that gets past them must not be able to hurt the engine: it would cost
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from .backend.errors import InvalidRequest
 from .messages import EngineInfo, SamplingParams, Submit
 
+if TYPE_CHECKING:
+    from .backend.records import Capabilities
+
 MAX_LOGPROBS = 1000
+MAX_PROMPT_TOP_LOGPROBS = 20
+"""At each token of a prompt, which may be long."""
 MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_BIAS = 1e9
 GREEDY_BELOW = 1e-5
@@ -72,6 +78,10 @@ def request_refusal(request: Submit, vocab_size: int, max_request_tokens: int) -
             "max_new_tokens",
             f"the prompt has {prompt} tokens and max_new_tokens is {new}; together they may be {max_request_tokens}",
         )
+    top = request.num_prompt_top_logprobs
+    if not 0 <= top <= min(MAX_PROMPT_TOP_LOGPROBS, vocab_size):
+        most = min(MAX_PROMPT_TOP_LOGPROBS, vocab_size)
+        return "num_prompt_top_logprobs", f"num_prompt_top_logprobs is {top}, allowed is 0 to {most}"
     size = len(request.grammar.source.encode("utf-8", "surrogatepass")) if request.grammar else 0
     if size > MAX_GRAMMAR_BYTES:
         return "grammar", f"the grammar takes {size:,} bytes, the limit is {MAX_GRAMMAR_BYTES:,}"
@@ -81,8 +91,13 @@ def request_refusal(request: Submit, vocab_size: int, max_request_tokens: int) -
     return sampling_refusal(request.sampling, vocab_size)
 
 
-def no_prompt_logprobs(backend: str) -> Refusal:
-    return "prompt_logprobs", f"{backend} cannot tell the log-probabilities of a prompt; leave the option out"
+def prompt_logprobs_refusal(request: Submit, backend: str, claims: EngineInfo | Capabilities) -> Refusal | None:
+    if request.prompt_logprobs and not claims.prompt_logprobs:
+        return "prompt_logprobs", f"{backend} cannot tell the log-probabilities of a prompt; leave the option out"
+    if request.num_prompt_top_logprobs and not claims.prompt_top_logprobs:
+        why = f"{backend} tells of a prompt its own tokens' log-probabilities alone; ask for no others"
+        return "num_prompt_top_logprobs", why
+    return None
 
 
 def check_request(request: Submit, info: EngineInfo) -> None:
@@ -98,8 +113,8 @@ def check_request(request: Submit, info: EngineInfo) -> None:
     elif refusal is None and 0 <= info.max_top_logprobs < request.sampling.num_logprobs:
         asked = request.sampling.num_logprobs
         refusal = "sampling.num_logprobs", f"num_logprobs is {asked}, the limit is {info.max_top_logprobs}"
-    elif refusal is None and request.prompt_logprobs and not info.prompt_logprobs:
-        refusal = no_prompt_logprobs(info.backend)
+    elif refusal is None:
+        refusal = prompt_logprobs_refusal(request, info.backend, info)
     if refusal is not None:
         field, why = refusal
         raise InvalidRequest(why, field)

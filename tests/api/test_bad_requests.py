@@ -124,7 +124,7 @@ def test_a_bad_option_is_named_with_its_value_and_limit(
         ({"logprobs": -1}, "logprobs", ["0"]),
         ({"logprobs": True}, "logprobs", ["an integer"]),
         ({"echo": "yes"}, "echo", ["true or false"]),
-        ({"echo": True, "logprobs": 1}, "logprobs", ["echo"]),
+        ({"echo": True, "logprobs": 21}, "logprobs", ["20"]),
         ({"suffix": "the end"}, "suffix", ["the end"]),
         ({"best_of": 3}, "best_of", ["3"]),
         ({"prompt": []}, "prompt", ["empty"]),

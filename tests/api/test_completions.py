@@ -187,5 +187,34 @@ def test_echo_has_the_prompts_logprobs_too(openai_client: openai.OpenAI, server:
     chunks = [chunk.choices[0].logprobs for chunk in complete(openai_client, echo=True, logprobs=0, stream=True)]
     for name in ("tokens", "token_logprobs", "text_offset"):
         assert [item for chunk in chunks if chunk for item in getattr(chunk, name)] == getattr(logprobs, name)
-    with pytest.raises(openai.BadRequestError, match="echo"):
-        complete(openai_client, echo=True, logprobs=2)
+
+
+def test_echo_has_the_alternatives_of_the_prompts_tokens(openai_client: openai.OpenAI, server: LiveServer) -> None:
+    """What evaluation harnesses ask for: was each token of the prompt the most likely one?"""
+    prompt = "A block of the cache"
+    ids = server.service.tokenizer.encode(prompt)
+    logprobs = complete(openai_client, prompt=ids, echo=True, logprobs=3, max_tokens=1).choices[0].logprobs
+    assert logprobs.top_logprobs[0] is None
+    for place in range(1, len(ids)):
+        best = logprobs.top_logprobs[place]
+        assert best[logprobs.tokens[place]] == logprobs.token_logprobs[place]
+        assert 3 <= len(best) <= 4
+        drawn = complete(openai_client, prompt=ids[:place], logprobs=3, max_tokens=1).choices[0].logprobs
+        assert max(best.values()) == pytest.approx(max(drawn.top_logprobs[0].values()), abs=2e-3)
+
+
+def test_echo_of_a_prompt_alone(openai_client: openai.OpenAI, server: LiveServer) -> None:
+    prompt = "A block of the cache"
+    whole = complete(openai_client, prompt=prompt, echo=True, logprobs=1, max_tokens=0)
+    assert whole.choices[0].text == prompt
+    assert whole.choices[0].finish_reason == "length"
+    assert "".join(whole.choices[0].logprobs.tokens) == prompt
+    assert whole.usage.completion_tokens == 0
+    chunks = list(complete(openai_client, prompt=prompt, echo=True, logprobs=1, max_tokens=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == prompt
+    assert [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.tokens] == (
+        whole.choices[0].logprobs.tokens
+    )
+    assert complete(openai_client, prompt=prompt, echo=True, max_tokens=0).choices[0].text == prompt
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        complete(openai_client, prompt=prompt, max_tokens=0)

@@ -22,7 +22,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 def test_it_keeps_every_law_but_those_of_claims_that_it_does_not_make(report: Report) -> None:
-    unclaimed = ("prompt_logprobs_", "adapters_", "speculation_")
+    unclaimed = ("prompt_logprobs_", "prompt_top_", "adapters_", "speculation_")
     expected = {law: "skipped" if law.startswith(unclaimed) else "passed" for law in LAWS}
     assert {law.law: law.outcome for law in report.laws} == expected
     assert report.level == "fast"

@@ -153,7 +153,15 @@ def border_forgotten(device: SimulatedBackend, batch: Batch) -> Batch:
     return replace(batch, next_token_ids=moved)
 
 
+def fewer_alternatives(device: SimulatedBackend, batch: Batch) -> Batch:
+    """Each token of a prompt gets one alternative less than the most that a row of the batch asks for."""
+    if isinstance(batch, DecodeBatch) or batch.num_prompt_top_logprobs < 2:
+        return batch
+    return replace(batch, num_prompt_top_logprobs=batch.num_prompt_top_logprobs - 1)
+
+
 PLANTS = [
+    (fewer_alternatives, SimulatedTpu, "prompt_top_logprobs_are_those_of_a_draw"),
     (successor_off_by_one, SimulatedCuda, "prompt_logprobs_are_right"),
     (successor_off_by_one, SimulatedGaudi, "prompt_logprobs_are_right"),
     (border_forgotten, SimulatedCuda, "prompt_logprobs_do_not_depend_on_circumstances"),

@@ -32,13 +32,16 @@ def test_prompt_logprobs_equal_transformers(family: str, tmp_path: Path) -> None
     with torch.inference_mode():
         scores = model(torch.tensor([PROMPT])).logits[0].float().log_softmax(-1)
     expected = scores[range(len(PROMPT) - 1), PROMPT[1:]]
+    best = scores[:-1].topk(3).values
     engine = start(folder, max_step_tokens=140)
-    asked = engine.submit(PROMPT, 1, prompt_logprobs=True)
+    asked = engine.submit(PROMPT, 1, prompt_logprobs=True, num_prompt_top_logprobs=3)
     engine.submit(PROMPT, 1)
     engine.run()
-    got = engine.outcomes[asked].prompt_logprobs
-    assert got is not None
+    got, top = engine.outcomes[asked].prompt_logprobs, engine.outcomes[asked].prompt_top_logprobs
+    assert got is not None and top is not None
     torch.testing.assert_close(torch.tensor(got[1:]), expected, atol=2e-3, rtol=1e-3)
+    values = torch.tensor([[value for _, value in place] for place in top[1:]])
+    torch.testing.assert_close(values, best, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("way", ["program", "torch"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenplane_core.backend.records import SamplingBatch
-from tokenplane_core.backend.sampling import History, draw, log_softmax, sample, uniforms
+from tokenplane_core.backend.sampling import History, best_ids, draw, log_softmax, sample, uniforms
 
 
 def batch(n: int = 1, **fields: object) -> SamplingBatch:
@@ -145,3 +145,12 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         for i in range(5)
     ]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_ids_are_the_first_of_a_stable_sort(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(-3, 3, 50).astype(np.float32)  # with many ties
+    scores[rng.random(50) < 0.2] = -np.inf
+    for k in (0, 1, 3, 10, 49, 50):
+        assert best_ids(scores, k).tolist() == np.argsort(-scores, kind="stable")[:k].tolist()

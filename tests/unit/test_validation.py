@@ -89,6 +89,14 @@ def test_prompt_logprobs_are_refused_where_the_device_cannot_tell_them() -> None
     assert outcome.finish_reason == "error" and "simulated-neuron cannot tell" in outcome.error
 
 
+def test_too_many_alternatives_in_a_prompt_are_refused() -> None:
+    engine = LocalEngine(SimulatedCuda, MODEL)
+    for asked in (-1, 21):
+        request = engine.submit([1, 2], 4, prompt_logprobs=True, num_prompt_top_logprobs=asked)
+        engine.run()
+        assert f"num_prompt_top_logprobs is {asked}, allowed is 0 to 20" in engine.outcomes[request].error
+
+
 def test_a_request_that_outlived_its_engine_is_not_told_its_prompt_again() -> None:
     engine = LocalEngine(SimulatedCuda, MODEL)
     engine.outcomes["r"] = Outcome()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..generation import GeneratedToken, Generation, Output, Piece, prompt_tokens
+from ..generation import GeneratedToken, Generation, Output, Piece, PromptToken, prompt_tokens
 from ..streaming import encode_line
 from .render import FINISH, Renderer, number
 
@@ -18,6 +18,8 @@ class CompletionRenderer(Renderer):
     def _choice(self, index: int, output: Output) -> dict[str, Any]:
         logprobs = self._whole_logprobs(output)
         text = output.text
+        if self._prepared.is_prompt_only:
+            text, logprobs = "", logprobs and self._logprobs([])
         if self._prepared.echoes is not None:
             echo = self._prepared.echoes[self._generations.index(output.generation)]
             text = echo + text
@@ -32,6 +34,8 @@ class CompletionRenderer(Renderer):
 
     def _chunks(self, index: int, frame: bytes, piece: Piece, tokens: list[GeneratedToken], is_first: bool) -> bytes:
         text = piece.text
+        if self._prepared.is_prompt_only:
+            text, tokens = "", []
         logprobs = self._logprobs(tokens) if tokens else None
         if self._prepared.echoes is not None:
             echo = self._prepared.echoes[index]
@@ -48,31 +52,36 @@ class CompletionRenderer(Renderer):
         return self._chunk(frame, b'"text":%b' % encode_line(text), line, finish_reason)
 
     def _echo_logprobs(self, generation: Generation) -> dict[str, Any]:
-        """Of the prompt, in the same four lists; nothing is known of the first token, and of no alternatives."""
+        """Of the prompt, in the same four lists; nothing is known of the first token."""
         tokens = prompt_tokens(generation, self._tokenizer)
         texts = [token.text for token in tokens]
-        logprobs = [None if token.logprob is None else number(token.logprob) for token in tokens]
         return {
             "tokens": texts,
-            "token_logprobs": logprobs,
-            "top_logprobs": [
-                None if logprob is None else {text: logprob} for text, logprob in zip(texts, logprobs, strict=True)
-            ],
+            "token_logprobs": [None if token.logprob is None else number(token.logprob) for token in tokens],
+            "top_logprobs": [None if token.logprob is None else self._alternatives(token) for token in tokens],
             "text_offset": list(itertools.accumulate((len(text) for text in texts[:-1]), initial=0)) if texts else [],
         }
+
+    def _alternatives(self, token: PromptToken) -> dict[str, float]:
+        """By their texts; the prompt's own under the one that `tokens` has, as clients look whether it was the best."""
+        others = [(i, value) for i, value in token.top_logprobs if i != token.id]
+        best = self._by_text(others)
+        best[token.text] = number(token.logprob)
+        return best
+
+    def _by_text(self, best: Iterable[tuple[int, float | None]]) -> dict[str, float]:
+        """The first of those that are alike as text, as parts of a character are."""
+        out: dict[str, float] = {}
+        for token_id, logprob in best:
+            out.setdefault(self._tokenizer.token_text(token_id), number(logprob))
+        return out
 
     def _logprobs(self, tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
         """The older format: four lists side by side. The drawn token is always among its top_logprobs."""
         return {
             "tokens": [self._tokenizer.token_text(token.id) for token in tokens],
             "token_logprobs": [number(token.logprob) for token in tokens],
-            "top_logprobs": [
-                {
-                    self._tokenizer.token_text(i): number(value)
-                    for i, value in [*token.top_logprobs, (token.id, token.logprob)]
-                }
-                for token in tokens
-            ],
+            "top_logprobs": [self._by_text([*token.top_logprobs, (token.id, token.logprob)]) for token in tokens],
             "text_offset": [token.start for token in tokens],
         }
 

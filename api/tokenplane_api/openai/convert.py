@@ -65,6 +65,7 @@ class Prepared:
 
     specs: for each prompt its candidates. num_choices: how many candidates of each prompt the client wants to see.
     new_parser: of chat answers that may hold more than text. echoes: the texts that go in front, one for each spec.
+    is_prompt_only: the client wants these alone. The one token that the engine generates then, nobody sees.
     """
 
     specs: list[GenerationSpec]
@@ -73,6 +74,7 @@ class Prepared:
     new_parser: Callable[[], AnswerParser] | None = None
     echoes: list[str] | None = None
     wants_logprobs: bool = False
+    is_prompt_only: bool = False
 
 
 async def prepare_chat(request: ChatRequest, service: Service) -> Prepared:
@@ -125,13 +127,15 @@ async def prepare_completion(request: CompletionRequest, service: Service) -> Pr
     sampling = _sampling(request, service, _num_logprobs(request, num_candidates))
     stops = _stops(request, service)
     grammar = _grammar(request, None, service)
+    is_prompt_only = bool(request.echo) and request.max_tokens == 0
+    max_tokens = 1 if is_prompt_only else request.max_tokens
     specs: list[GenerationSpec] = []
     echoes: list[str] = []
     for text, prompt_ids in await encode_prompts(request.prompt, service):
         spec = GenerationSpec(
             prompt_text=text,
             prompt_ids=prompt_ids,
-            max_new_tokens=_room("prompt", len(prompt_ids), request.max_tokens, limits),
+            max_new_tokens=_room("prompt", len(prompt_ids), max_tokens, limits),
             sampling=sampling,
             stop=stops,
             ignore_eos=bool(request.ignore_eos),
@@ -139,6 +143,7 @@ async def prepare_completion(request: CompletionRequest, service: Service) -> Pr
             grammar_field=_grammar_field(request, None),
             wants_tokens=sampling.num_logprobs >= 0,
             wants_prompt_logprobs=bool(request.echo) and request.logprobs is not None,
+            num_prompt_top_logprobs=(request.logprobs or 0) if request.echo else 0,
             adapter=adapter,
         )
         specs += _choices(spec, num_candidates)
@@ -149,6 +154,7 @@ async def prepare_completion(request: CompletionRequest, service: Service) -> Pr
         num_candidates=num_candidates,
         echoes=echoes if request.echo else None,
         wants_logprobs=request.logprobs is not None,
+        is_prompt_only=is_prompt_only,
     )
 
 
@@ -181,13 +187,6 @@ def _num_logprobs(request: CompletionRequest, num_candidates: int) -> int:
     if request.logprobs is None:
         return 0 if num_candidates > (request.n or 1) else -1
     check_range("logprobs", request.logprobs, 0, MAX_TOP_LOGPROBS)
-    if request.echo and request.logprobs > 0:
-        raise invalid(
-            f"`logprobs` is {request.logprobs} and `echo` is true, but of a prompt only its own tokens'"
-            " log-probabilities are known; send `logprobs` 0",
-            "logprobs",
-            "unsupported_value",
-        )
     return request.logprobs
 
 

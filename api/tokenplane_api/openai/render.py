@@ -109,6 +109,8 @@ class Renderer:
     def _usage(self) -> dict[str, Any]:
         prompt = self.num_prompt_tokens
         completion = sum(generation.num_tokens for generation in self._generations)
+        if self._prepared.is_prompt_only:
+            completion = 0
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -189,7 +189,12 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     ] = None
     echo: Annotated[bool | None, means("put the prompt in front of the answer")] = None
     logprobs: Annotated[
-        int | None, means("so many alternatives for each token, 0 to 20; with `echo` only 0", minimum=0, maximum=20)
+        int | None,
+        means("so many alternatives for each token, 0 to 20; with `echo` also for the prompt's", minimum=0, maximum=20),
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        means("how many tokens at most; absent: until the context is full; 0 with `echo`: the prompt alone", minimum=0),
     ] = None
 
     suffix: Annotated[Any, only("the model continues text, it does not fill gaps", NEUTRAL["suffix"])] = None

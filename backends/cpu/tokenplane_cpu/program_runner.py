@@ -21,7 +21,7 @@ from tokenplane_core.backend.records import (
     StepHandle,
     StepOutput,
 )
-from tokenplane_core.backend.sampling import PENALTIES, log_softmax, needs_history
+from tokenplane_core.backend.sampling import PENALTIES, log_softmax, needs_history, of_prompt
 from tokenplane_core.backend.tables import SlotTables, draws_of
 
 from .cache import Cache
@@ -118,14 +118,15 @@ class ProgramRunner:
 
         scored: tokens i32 [p] whose log-probabilities are wanted, after those that the step wanted behind the sampled.
         """
-        logprobs = None
+        logprobs = top_ids = top_logprobs = None
         if sampling.return_logits:
             drawn, raw = Drawn(np.zeros(0, np.int32)), logits.copy()
         else:
             drawn, raw = self.sampler.draw(logits, sampling, self._histories(slots, lengths, sampling)), None
             self._slots.drawn(slots, lengths, drawn.token_ids)
         if scored is not None:
-            logprobs = self._logprobs(len(logits), scored)
+            k = batch.num_prompt_top_logprobs if isinstance(batch, PrefillBatch) else 0
+            logprobs, top_ids, top_logprobs = self._of_prompt(len(logits), scored, k)
         output = StepOutput(
             batch.head.step,
             drawn.token_ids,
@@ -135,6 +136,8 @@ class ProgramRunner:
             logits=raw,
             device_s=time.perf_counter() - started_s,
             prompt_logprobs=logprobs,
+            prompt_top_ids=top_ids,
+            prompt_top_logprobs=top_logprobs,
         )
         return ComputedStep(output)
 
@@ -146,12 +149,12 @@ class ProgramRunner:
         slots, lengths = slots[penalised], lengths[penalised]
         return Histories(self._slots.token_ids[slots, : lengths.max()], lengths, self._slots.num_prompt_tokens[slots])
 
-    def _logprobs(self, first: int, token_ids: I32) -> F32:
-        """f32 [p]: of token_ids[i], by the logits after the step's wanted token first + i."""
-        scores = np.empty(len(token_ids), np.float32)
+    def _of_prompt(self, first: int, token_ids: I32, k: int) -> tuple[F32, I32 | None, F32 | None]:
+        """`of_prompt`: token_ids[i], i32 [p], comes after the step's wanted token first + i."""
+        pieces = []
         for start in range(0, len(token_ids), SCORED_TOKENS):
             some = token_ids[start : start + SCORED_TOKENS]
-            logits = self.program.logits(first + start, len(some))
-            for i, (row, token_id) in enumerate(zip(logits, some, strict=True), start):
-                scores[i] = log_softmax(row)[token_id]
-        return scores
+            scores = np.stack([log_softmax(row) for row in self.program.logits(first + start, len(some))])
+            pieces.append(of_prompt(scores, some, k))
+        chosen, ids, values = zip(*pieces, strict=True)
+        return np.concatenate(chosen), *((np.concatenate(ids), np.concatenate(values)) if k else (None, None))

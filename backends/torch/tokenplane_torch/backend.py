@@ -112,6 +112,7 @@ class TorchBackend(ABC):
             reserved_bytes=loaded.reserved_bytes,
             kernels=loaded.kernels,
             prompt_logprobs=ragged_prefill,
+            prompt_top_logprobs=ragged_prefill,
             adapters=loaded.adapters.limits if loaded.adapters is not None else None,
             max_drafts=options.max_drafts if device.mixed and ragged_prefill else 0,
         )

@@ -49,9 +49,10 @@ class DecoderModule:
         return logits if self._keeps_logits else logits[wanted]
 
     def logits_and_scores(
-        self, token_ids: Tensor, positions: Tensor, wanted: Tensor, step: Step, after: Tensor, next_ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`logits`, and the log-probabilities f32 [p] of the tokens `next_ids` after the tokens `after`.
+        self, token_ids: Tensor, positions: Tensor, wanted: Tensor, step: Step, after: Tensor, next_ids: Tensor, k: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`logits`, and the log-probabilities f32 [p] of the tokens `next_ids` after the tokens `after`; for k > 0 also
+        the k best there, ids i32 [p, k] and their log-probabilities f32 [p, k].
 
         The decoder runs once. The way from its output to logits, which models have in their own manner (scaled,
         capped), runs again for a piece of `after` at a time, with a decoder that answers what it has answered before.
@@ -61,18 +62,23 @@ class DecoderModule:
         """
         with _remembering(self.module.get_decoder()):
             logits = self.logits(token_ids, positions, wanted, step)
-            scores = [
-                _logprobs(self.logits(token_ids, positions, some, step), ids)
+            pieces = [
+                _scores(self.logits(token_ids, positions, some, step), ids, k)
                 for some, ids in zip(
                     torch.split(after, MOST_SCORED_TOKENS), torch.split(next_ids, MOST_SCORED_TOKENS), strict=True
                 )
             ]
-        return logits, torch.cat(scores)
+        return logits, [torch.cat(column) for column in zip(*pieces, strict=True)]
 
 
-def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """[p, vocab], i64 [p] -> f32 [p]"""
-    return logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+def _scores(logits: Tensor, ids: Tensor, k: int) -> list[Tensor]:
+    """[p, vocab], i64 [p] -> f32 [p], and the k best: i32 [p, k], f32 [p, k]"""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, ids[:, None])[:, 0]
+    if k == 0:
+        return [chosen]
+    best = logprobs.topk(k)
+    return [chosen, best.indices.int(), best.values]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ model was loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -210,7 +210,8 @@ class ModelRunner:
         packed_starts = np.cumsum(new) - new
         source = np.repeat(batch.row_starts[: batch.num_rows] - packed_starts, new) + np.arange(new.sum())
         following = None if batch.next_token_ids is None else batch.next_token_ids[source]
-        return self._run_packed(batch, batch.token_ids[source], new, drawn, lengths, sampling, clock, following)
+        top = batch.num_prompt_top_logprobs
+        return self._run_packed(batch, batch.token_ids[source], new, drawn, lengths, sampling, clock, following, top)
 
     @torch.inference_mode()
     def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
@@ -232,11 +233,13 @@ class ModelRunner:
         sampling: SamplingBatch,
         clock: StepClock,
         following: I32 | None = None,
+        num_top: int = 0,
     ) -> StepHandle:
         """Compute the packed tokens i32 [t] of the real rows, of which row i has new[i].
 
         drawn, lengths: [n] the row of each draw, and how many tokens come before it: see `draws_of`.
         following: i32 [t] tokens whose log-probabilities are wanted, -1 where none is; see PrefillBatch.
+        num_top: of how many best ids besides.
         """
         slots, context_lens = batch.slots[: batch.num_rows], batch.context_lens[: batch.num_rows]
         plan = plan_step(
@@ -252,9 +255,9 @@ class ModelRunner:
         step = PagedStep(plan, self.layers, self.kernels, self._grouped(self._slots.adapters[slots], new))
         arguments = (resolved, plan.positions, plan.logits_index, step)
         logits, scores = (
-            (self.module.logits(*arguments), None)
+            (self.module.logits(*arguments), [])
             if following is None
-            else self.module.logits_and_scores(*arguments, *self._scored(following))
+            else self.module.logits_and_scores(*arguments, *self._scored(following), num_top)
         )
         return self._sample(
             batch,
@@ -304,30 +307,28 @@ class ModelRunner:
         sampling: SamplingBatch,
         clock: StepClock,
         compiled_before: int,
-        scores: Tensor | None = None,
+        scores: Sequence[Tensor] = (),
     ) -> StepHandle:
         """Draw for the `rows` of the logits, whose sequences sit in `slots` and have `lengths` tokens by now.
 
-        scores: the step's prompt logprobs, to be handed on.
+        scores: what the step tells of its prompts, to be handed on: see `_of_prompt`.
         """
         number = batch.head.step
         if not self.sampler.fixed_shape:
             logits, rows = self._only(logits, rows), np.arange(len(rows))
-        scored = [] if scores is None else [scores]
         if sampling.return_logits:
 
             def raw(arrays: list[NDArray[Any]], seconds: float) -> StepOutput:
-                prompt_logprobs = arrays.pop() if scored else None
                 return StepOutput(
                     number,
                     np.zeros(0, np.int32),
                     logits=arrays[0][rows],
                     device_s=seconds,
                     compiled=compiled,
-                    prompt_logprobs=prompt_logprobs,
+                    **_of_prompt(arrays[1:]),
                 )
 
-            pending = clock.read_back([logits.float(), *scored])
+            pending = clock.read_back([logits.float(), *scores])
             compiled = self._executor.compiled - compiled_before
             return TorchStep(pending, raw)
         penalised = np.flatnonzero(needs_history(sampling))
@@ -336,8 +337,8 @@ class ModelRunner:
         self._note_drawn(drawn.token_ids, rows, slots, lengths)
 
         def output(arrays: list[NDArray[Any]], seconds: float) -> StepOutput:
-            prompt_logprobs = arrays.pop() if scored else None
-            token_ids, *logprobs = (array[rows] for array in arrays)
+            told = len(arrays) - len(scores)
+            token_ids, *logprobs = (array[rows] for array in arrays[:told])
             logprob, top_ids, top_logprobs, *_ = (*logprobs, None, None, None)
             return StepOutput(
                 number,
@@ -347,10 +348,10 @@ class ModelRunner:
                 top_logprobs,
                 device_s=seconds,
                 compiled=compiled,
-                prompt_logprobs=prompt_logprobs,
+                **_of_prompt(arrays[told:]),
             )
 
-        pending = clock.read_back([*drawn.tensors(), *scored])
+        pending = clock.read_back([*drawn.tensors(), *scores])
         compiled = self._executor.compiled - compiled_before
         return TorchStep(pending, output)
 
@@ -367,3 +368,8 @@ class ModelRunner:
         where[0, rows], where[1, rows] = slots, lengths
         at = self.device.upload(where)
         self._slots.drawn(at[0], at[1], token_ids)
+
+
+def _of_prompt(scores: list[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Fields of StepOutput: log-probabilities f32 [p], and perhaps best ids i32 [p, k] and theirs f32 [p, k]."""
+    return dict(zip(("prompt_logprobs", "prompt_top_ids", "prompt_top_logprobs"), scores, strict=False))

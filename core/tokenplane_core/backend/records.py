@@ -271,6 +271,7 @@ class Capabilities:
     reserved_bytes: Mapping[str, int] = field(default_factory=dict)  # set aside besides weights and cache, by piece
     kernels: Mapping[str, str] = field(default_factory=dict)  # piece -> which implementation and why
     prompt_logprobs: bool = False  # False: PrefillBatch.next_token_ids never comes, who asks is refused at the door
+    prompt_top_logprobs: bool = False  # False: PrefillBatch.num_prompt_top_logprobs is always 0
     adapters: AdapterLimits | None = None  # None: no adapter_load comes, and SlotOpen.adapter is always 0
     # Most draft tokens of a row: LoadOptions.max_drafts where the plugin can verify drafts, which takes `mixed`. 0:
     # PrefillBatch.num_drafts never comes. A batch draws at most limits.max_sequences + max_drafts tokens, so memory for
@@ -350,6 +351,7 @@ class PrefillBatch:
     # i32 [row_starts[-1]] the prompt token that follows a token, where its log-probability is wanted, else -1.
     # None: nowhere.
     next_token_ids: I32 | None = None
+    num_prompt_top_logprobs: int = 0  # wherever next_token_ids wants one: also of the k best ids
     # i32 [rows] the last n tokens of a row are drafts: guesses of what will be drawn. Draw after each of them, and
     # after the token before them; such a row has 1 + n tokens, all known to the host, and `sample` is True. What wrong
     # guesses leave in the cache and among the slot's tokens, later steps overwrite at the same positions: address both
@@ -426,6 +428,8 @@ class StepOutput:
     device_s: float = 0.0  # seconds the device was busy with this step
     compiled: int = 0  # shapes compiled during the step; 0 after warm-up
     prompt_logprobs: F32 | None = None  # f32 [p] by the raw logits, one for each next_token_ids >= 0, in their order
+    prompt_top_ids: I32 | None = None  # i32 [p, k], k num_prompt_top_logprobs of the batch; sorted, best first
+    prompt_top_logprobs: F32 | None = None  # f32 [p, k]
 
 
 class StepHandle(Protocol):

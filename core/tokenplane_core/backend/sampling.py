@@ -73,6 +73,31 @@ class Samples:
     top_logprobs: F32 | None
 
 
+def best_ids(scores: F32, k: int) -> I64:
+    """i64 [k]: ids of the k largest of f32 [vocab], best first; lower ids first on a tie. Less than k beside NaNs."""
+    if not 0 < k < len(scores):
+        return np.argsort(-scores, kind="stable")[:k]
+    least = np.partition(scores, -k)[-k]
+    good = np.flatnonzero(scores >= least)
+    return good[np.argsort(-scores[good], kind="stable")[:k]]
+
+
+def of_prompt(scores: F32, token_ids: I32, k: int) -> tuple[F32, I32 | None, F32 | None]:
+    """What StepOutput tells of a prompt, from the log-probabilities f32 [p, vocab] at places where i32 [p] comes next.
+
+    Returns:
+        prompt_logprobs f32 [p]; prompt_top_ids i32 [p, k] and prompt_top_logprobs f32 [p, k], None if k is 0
+    """
+    chosen = np.take_along_axis(scores, token_ids[:, None].astype(np.int64), 1)[:, 0]
+    if k == 0:
+        return chosen, None, None
+    ids, values = np.zeros((len(scores), k), np.int32), np.full((len(scores), k), np.nan, np.float32)
+    for i, row in enumerate(scores):
+        best = best_ids(row, k)
+        ids[i, : len(best)], values[i, : len(best)] = best, row[best]
+    return chosen, ids, values
+
+
 def sample(logits: F32, batch: SamplingBatch, histories: Sequence[History]) -> Samples:
     """Draw one token for each row of f32 [n, vocab] logits. `histories` has n entries."""
     n = len(batch)
@@ -94,7 +119,7 @@ def sample(logits: F32, batch: SamplingBatch, histories: Sequence[History]) -> S
             scores = log_softmax(warped if batch.processed_logprobs[i] else logits[i])
             logprobs[i] = scores[token]
             k = int(batch.num_logprobs[i])
-            best = np.argsort(-scores, kind="stable")[:k]
+            best = best_ids(scores, k)
             top_ids[i, : len(best)], top_logprobs[i, : len(best)] = best, scores[best]
     if width < 0:
         return Samples(token_ids, None, None, None)

@@ -21,6 +21,7 @@ from ..backend.records import (
 from ..backend.sampling import History
 from ..backend.tables import draws_of
 from ..messages import SamplingParams, Submit
+from .logprobs import next_token_ids, num_prompt_top_logprobs
 from .masks import GuidedRow
 from .scheduler import Plan, Row
 from .sequence import Sequence
@@ -160,7 +161,8 @@ class Batcher:
             token_ids=token_ids,
             sample=_padded([row.sample for row in plan.rows], rows).astype(np.bool_),
             bucket=plan.bucket,
-            next_token_ids=_next_token_ids(prompts, prompt_starts),
+            next_token_ids=next_token_ids(prompts, prompt_starts),
+            num_prompt_top_logprobs=num_prompt_top_logprobs(prompts),
             num_drafts=_padded([len(row.drafts) for row in plan.rows], rows) if plan.num_drafts else None,
         )
 
@@ -248,24 +250,6 @@ def _tokens(row: Row) -> I32:
     known = row.sequence.token_ids[row.start_tokens : row.start_tokens + row.num_tokens]
     out = np.full(row.num_tokens, TOKEN_ON_DEVICE, np.int32)
     out[: len(known)] = known
-    return out
-
-
-def num_prompt_logprobs(row: Row) -> int:
-    """How many log-probabilities of prompt tokens the row computes: one after each token that has such a successor."""
-    sequence = row.sequence
-    if sequence.prompt_logprobs is None:
-        return 0
-    return max(0, min(row.num_tokens, sequence.num_prompt_tokens - 1 - row.start_tokens))
-
-
-def _next_token_ids(rows: Rows[Row], row_starts: I32) -> I32 | None:
-    if not any(map(num_prompt_logprobs, rows)):
-        return None
-    out = np.full(row_starts[-1], -1, np.int32)
-    for row, at in zip(rows, row_starts, strict=False):
-        count, first = num_prompt_logprobs(row), row.start_tokens + 1
-        out[at : at + count] = row.sequence.token_ids[first : first + count]
     return out
 
 

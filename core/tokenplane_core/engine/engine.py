@@ -24,19 +24,19 @@ from ..messages import (
     Cancel,
     FinishReason,
     LoadAdapter,
-    SamplingParams,
     Stats,
     Submit,
     ToEngine,
     TokenEvent,
     UnloadAdapter,
 )
-from ..validation import GREEDY_BELOW, no_prompt_logprobs, request_refusal
+from ..validation import GREEDY_BELOW, prompt_logprobs_refusal, request_refusal
 from .adapters import REFUSALS, Adapters
-from .batching import Batcher, asked_of_sampler, guided_rows, histories, num_prompt_logprobs
+from .batching import Batcher, asked_of_sampler, guided_rows, histories
 from .grammar import Grammars, Guide
 from .grammar_check import GrammarError
 from .kv_cache import BlockPool
+from .logprobs import drawn_logprobs, keep_prompt_logprobs, with_prompt_logprobs
 from .masks import NO_MASKS, Guidance, PendingMasks, StepMasks, edits_for
 from .scheduler import MustDrain, Plan, Row, Scheduler
 from .sequence import Sequence, State
@@ -291,8 +291,9 @@ class Engine:
         refusal = request_refusal(request, self._vocab_size, self.capabilities.limits.max_model_tokens)
         if refusal is not None:
             return refusal
-        if request.prompt_logprobs and not self.capabilities.prompt_logprobs:
-            return no_prompt_logprobs(self.capabilities.backend)
+        refusal = prompt_logprobs_refusal(request, self.capabilities.backend, self.capabilities)
+        if refusal is not None:
+            return refusal
         if request.grammar is not None and self._grammars is None:
             return "grammar", "this engine was started without support for grammars; leave the option out"
         refusal = self._adapters.refusal(request.adapter)
@@ -374,7 +375,7 @@ class Engine:
             output = self._sample_on_host(step, output)
         self._note(step, output)
         self._times.read_back(step.plan.counts_as, step.launched_s, output.device_s)
-        _keep_prompt_logprobs(step.plan, output)
+        keep_prompt_logprobs(step.plan, output)
         token_ids = output.token_ids.tolist()
         index = 0
         for row in step.plan.rows:
@@ -429,6 +430,8 @@ class Engine:
             drawn.top_logprobs,
             device_s=output.device_s,
             prompt_logprobs=output.prompt_logprobs,
+            prompt_top_ids=output.prompt_top_ids,
+            prompt_top_logprobs=output.prompt_top_logprobs,
         )
 
     def _may_commit(self, sequence: Sequence, token_id: int, index: int, masks: StepMasks) -> bool:
@@ -442,7 +445,7 @@ class Engine:
         if index in masks.finished:
             self._count["requests_finished"] += 1
             self._events[sequence.client].append(
-                TokenEvent(sequence.request_id, finish_reason="stop_token", prompt_logprobs=sequence.prompt_logprobs)
+                with_prompt_logprobs(TokenEvent(sequence.request_id, finish_reason="stop_token"), sequence)
             )
             self._cancel(sequence.client, sequence.request_id)
         elif index in masks.stuck:
@@ -468,14 +471,11 @@ class Engine:
             reason = "stop_token"
         logprobs = top = None
         if sequence.sampling.num_logprobs >= 0:
-            logprobs, top = _logprobs(sequence.sampling, output, index)
+            logprobs, top = drawn_logprobs(sequence.sampling, output, index)
         event = TokenEvent(sequence.request_id, [token_id], logprobs, top, reason)
         if num_generated == 1:
             event = replace(event, queue_s=sequence.queue_s, num_cached_tokens=sequence.num_cached_tokens)
-        if sequence.prompt_logprobs is not None:
-            event = replace(event, prompt_logprobs=sequence.prompt_logprobs)
-            sequence.prompt_logprobs = None  # told; should it be preempted, the prefix cache may serve it
-        self._events[sequence.client].append(event)
+        self._events[sequence.client].append(with_prompt_logprobs(event, sequence))
         if reason is not None:
             self._count["requests_finished"] += 1
             del self._sequences[sequence.client, sequence.request_id]
@@ -501,30 +501,3 @@ def samples_on_device(request: Submit, caps: SamplingCaps) -> bool:
 
 def _error_event(request_id: str, field: str, why: str) -> TokenEvent:
     return TokenEvent(request_id, finish_reason="error", error=why, error_field=field)
-
-
-def _keep_prompt_logprobs(plan: Plan, output: StepOutput) -> None:
-    """Give each row its part of the output, where it belongs in the prompt."""
-    if output.prompt_logprobs is None:
-        return
-    start = 0
-    for row in plan.rows:
-        known, count = row.sequence.prompt_logprobs, num_prompt_logprobs(row)
-        if known is not None and count:
-            first = row.start_tokens + 1
-            known[first : first + count] = output.prompt_logprobs[start : start + count].tolist()
-            start += count
-
-
-def _logprobs(
-    params: SamplingParams, output: StepOutput, index: int
-) -> tuple[list[float] | None, list[list[tuple[int, float]]] | None]:
-    """The event's logprob fields for one sampled row that asked for them."""
-    if output.logprobs is None:
-        return None, None
-    chosen = [float(output.logprobs[index])]
-    if output.top_ids is None or output.top_logprobs is None:
-        return chosen, [[]]
-    k = params.num_logprobs
-    ids, values = output.top_ids[index, :k].tolist(), output.top_logprobs[index, :k].tolist()
-    return chosen, [list(zip(ids, values, strict=True))]

@@ -43,8 +43,10 @@ class Sequence:
         "num_known_tokens",
         "num_misled_steps",
         "num_prompt_tokens",
+        "num_prompt_top_logprobs",
         "num_published_blocks",
         "prompt_logprobs",
+        "prompt_top_logprobs",
         "queue_s",
         "rank",
         "request_id",
@@ -93,6 +95,11 @@ class Sequence:
         self.prompt_logprobs: list[float] | None = None
         if request.prompt_logprobs and len(request.token_ids) == self.num_prompt_tokens:
             self.prompt_logprobs = [math.nan] * self.num_prompt_tokens
+        # The best at the place of each, where they were asked for, and how many.
+        self.num_prompt_top_logprobs = request.num_prompt_top_logprobs
+        self.prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
+        if self.prompt_logprobs is not None and request.num_prompt_top_logprobs:
+            self.prompt_top_logprobs = [[] for _ in range(self.num_prompt_tokens)]
 
     @property
     def num_generated_tokens(self) -> int:

@@ -181,6 +181,7 @@ def _info(
         max_prompt_tokens=shapes.longest_prompt(limits.chunk_tokens > 0, limits.max_model_tokens),
         memory=memory,
         prompt_logprobs=caps.prompt_logprobs,
+        prompt_top_logprobs=caps.prompt_top_logprobs,
         max_adapters=caps.adapters.max_adapters if caps.adapters else 0,
         max_adapter_rank=caps.adapters.max_rank if caps.adapters else 0,
         max_drafts=caps.max_drafts,

@@ -74,6 +74,54 @@ def prompt_logprobs_outlive_preemption(subject: Subject) -> None:
     _same_logprobs(got, expected, "after preemption")
 
 
+@law
+def prompt_top_logprobs_are_those_of_a_draw(subject: Subject) -> None:
+    """The best at each place of a prompt are what a draw there would tell, whoever asks for how many beside it."""
+    engine = _engine(subject, prefix_cache=False)
+    caps = engine.capabilities
+    if not caps.prompt_top_logprobs:
+        engine.close()
+        raise NotApplicable("prompt_top_logprobs is False")
+    prompts = [prompt for prompt in _prompts(subject) if len(prompt) > 1]
+    wanted = [i % 4 for i in range(len(prompts))]
+    ids = [
+        engine.submit(prompt, 4, prompt_logprobs=True, num_prompt_top_logprobs=k)
+        for prompt, k in zip(prompts, wanted, strict=True)
+    ]
+    engine.run()
+    tops = [engine.outcomes[i].prompt_top_logprobs for i in ids]
+    for prompt, k, top in zip(prompts, wanted, tops, strict=True):
+        if k == 0:
+            assert top is None, f"{len(top or [])} places with the best, but nobody asked"
+            continue
+        assert top is not None and [len(best) for best in top] == [0] + [k] * (len(prompt) - 1)
+        for place in sorted({1, len(prompt) // 2, len(prompt) - 1}):
+            drawn = engine.submit(prompt[:place], 1, SamplingParams(num_logprobs=k))
+            engine.run()
+            _same_best(top[place], engine.outcomes[drawn].top_logprobs[0], f"at token {place} of {len(prompt)}")
+    if caps.limits.chunk_tokens:
+        engine.close()
+        engine = _engine(subject, prefix_cache=False, max_step_tokens=16)
+        engine.submit(prompts[-1], 4, prompt_logprobs=True, num_prompt_top_logprobs=2)
+        engine.run()
+        (outcome,) = engine.outcomes.values()
+        whole = tops[-1] or []
+        for place, best in enumerate(outcome.prompt_top_logprobs or []):
+            _same_best(best[:1], whole[place][:1], f"in steps of 16 tokens, at token {place}")
+    engine.close()
+
+
+def _same_best(got: list[tuple[int, float]], expected: list[tuple[int, float]], circumstance: str) -> None:
+    """As log-probabilities: which of two ids that are about as likely comes first, nobody says."""
+    for (_, ours), (_, theirs) in zip(got, expected, strict=True):
+        close = abs(ours - theirs) <= _TOLERANCE * max(1.0, abs(theirs))
+        assert close, f"{circumstance}: the best are {got}, not {expected}"
+    known, least = dict(expected), expected[-1][1] if expected else 0.0
+    for token_id, ours in got:
+        theirs = known.get(token_id, least)
+        assert abs(ours - theirs) <= 2 * _TOLERANCE * max(1.0, abs(theirs)), f"{circumstance}: {got}, not {expected}"
+
+
 def _engine(subject: Subject, **options: object) -> LocalEngine:
     engine = subject.engine(**options)
     if not engine.capabilities.prompt_logprobs:

@@ -152,6 +152,7 @@ def declared_facts(caps: Capabilities) -> dict[str, Any]:
         "sampling_features": sorted(caps.sampling.features),
         "returns_logits": caps.sampling.returns_logits,
         "prompt_logprobs": caps.prompt_logprobs,
+        "prompt_top_logprobs": caps.prompt_top_logprobs,
         "kernels": dict(caps.kernels),
     }
 

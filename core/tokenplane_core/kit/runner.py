@@ -42,6 +42,7 @@ class Outcome:
     error: str = ""
     num_cached_tokens: int = 0
     prompt_logprobs: list[float] | None = None
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 class LocalEngine:
@@ -122,6 +123,7 @@ class LocalEngine:
         stop_token_ids: Iterable[int] = (),
         priority: int = 0,
         prompt_logprobs: bool = False,
+        num_prompt_top_logprobs: int = 0,
         grammar: Grammar | None = None,
         adapter: int = 0,
     ) -> str:
@@ -138,6 +140,7 @@ class LocalEngine:
                 stop_token_ids=list(stop_token_ids),
                 priority=priority,
                 prompt_logprobs=prompt_logprobs,
+                num_prompt_top_logprobs=num_prompt_top_logprobs,
                 grammar=grammar,
                 adapter=adapter,
             )
@@ -239,6 +242,7 @@ class LocalEngine:
             if event.prompt_logprobs is not None:
                 assert outcome.prompt_logprobs is None, f"{event.request_id} was told its prompt twice"
                 outcome.prompt_logprobs = event.prompt_logprobs
+                outcome.prompt_top_logprobs = event.prompt_top_logprobs
             if event.finish_reason is not None:
                 outcome.finish_reason, outcome.error = event.finish_reason, event.error
 

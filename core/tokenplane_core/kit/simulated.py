@@ -51,7 +51,7 @@ from ..backend.records import (
     StepHandle,
     StepOutput,
 )
-from ..backend.sampling import log_softmax, sample
+from ..backend.sampling import log_softmax, of_prompt, sample
 from ..backend.tables import SlotTables, draws_of
 
 CANARY = -7
@@ -105,12 +105,11 @@ def adapter_salt(folder: Path) -> int:
 def oracle_logprobs(prompt: Sequence[int], vocab_size: int) -> list[float]:
     """The log-probability of every prompt token but the first, computed without any cache."""
     token_ids = np.array(prompt, np.int32)
-    return [float(_logprob_after(token_ids[:i], int(token_ids[i]), vocab_size)) for i in range(1, len(token_ids))]
+    return [float(_logprobs_after(token_ids[:i], vocab_size)[token_ids[i]]) for i in range(1, len(token_ids))]
 
 
-def _logprob_after(token_ids: I32, token_id: int, vocab_size: int) -> np.float32:
-    scores = log_softmax(simulated_logits(context_hash(token_ids), vocab_size))
-    return np.float32(scores[token_id])
+def _logprobs_after(token_ids: I32, vocab_size: int) -> F32:
+    return log_softmax(simulated_logits(context_hash(token_ids), vocab_size))
 
 
 @dataclass(frozen=True)
@@ -274,6 +273,7 @@ class SimulatedBackend:
             async_depth=profile.async_depth,
             kernels={"attention": "hash of the token ids in the cache"},
             prompt_logprobs=profile.prompt_logprobs,
+            prompt_top_logprobs=profile.prompt_logprobs,
             adapters=AdapterLimits(options.max_adapters, options.max_adapter_rank)
             if profile.adapters and options.max_adapters
             else None,
@@ -297,16 +297,16 @@ class SimulatedBackend:
         self._check_shape("prefill", batch.slots, batch.token_ids, batch)
         self.tables.apply(batch.head)
         token_ids = self.tables.enter_prefill(batch)
-        scores: list[float] = []
+        scores: list[F32] = []
         for i in range(batch.num_rows):
             slot, context, start = int(batch.slots[i]), int(batch.context_lens[i]), int(batch.row_starts[i])
             end = context + int(batch.num_new_tokens[i])
             self._write(slot, np.arange(context, end, dtype=np.int32), token_ids[start : start + end - context])
             if batch.next_token_ids is not None:
                 scores += self._scores(slot, context, batch.next_token_ids[start : start + end - context])
-        scored = None if batch.next_token_ids is None else np.array(scores, np.float32)
+        scored = None if batch.next_token_ids is None else np.array(scores).reshape(-1, self._vocab_size)
         rows, lengths = draws_of(batch)
-        return self._finish(batch.head.step, batch.slots[rows].tolist(), lengths.tolist(), sampling, scored)
+        return self._finish(batch, batch.slots[rows].tolist(), lengths.tolist(), sampling, scored)
 
     @hookimpl
     def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
@@ -317,7 +317,7 @@ class SimulatedBackend:
             self._write(int(batch.slots[i]), batch.context_lens[i : i + 1], token_ids[i : i + 1])
         slots = batch.slots[: batch.num_rows].tolist()
         lengths = (batch.context_lens[: batch.num_rows] + 1).tolist()
-        return self._finish(batch.head.step, slots, lengths, sampling)
+        return self._finish(batch, slots, lengths, sampling)
 
     @hookimpl
     def adapter_load(self, index: int, adapter: AdapterSpec) -> bool:
@@ -348,16 +348,15 @@ class SimulatedBackend:
     def _read(self, slot: int, length: int) -> I32:
         return self.cells[self._where(slot, np.arange(length, dtype=np.int32))]
 
-    def _scores(self, slot: int, context: int, next_token_ids: I32) -> list[float]:
-        """Log-probabilities of the ids, i32 [t], each after the slot's token before it; negative ids are skipped.
+    def _scores(self, slot: int, context: int, next_token_ids: I32) -> list[F32]:
+        """All ids' log-probabilities f32 [vocab], after the slot's token before it, wherever i32 [t] is not -1.
 
         The first follows the token at position `context`.
         """
         known = self._read(slot, context + len(next_token_ids))
         return [
-            float(_logprob_after(known[: context + i + 1], token_id, self._vocab_size))
-            for i, token_id in enumerate(next_token_ids.tolist())
-            if token_id >= 0
+            _logprobs_after(known[: context + i + 1], self._vocab_size)
+            for i in np.flatnonzero(next_token_ids >= 0).tolist()
         ]
 
     def _contexts(self, slots: list[int], lengths: list[int]) -> list[int]:
@@ -365,13 +364,17 @@ class SimulatedBackend:
 
     def _finish(
         self,
-        step: int,
+        batch: PrefillBatch | DecodeBatch,
         slots: list[int],
         lengths: list[int],
         sampling: SamplingBatch,
-        prompt_logprobs: F32 | None = None,
+        prompt_scores: F32 | None = None,
     ) -> StepHandle:
-        """Draw for each of the slots from what the first `lengths` of its cells say."""
+        """Draw for each of the slots from what the first `lengths` of its cells say.
+
+        prompt_scores: f32 [p, vocab] log-probabilities where the batch wants those of the prompt's tokens.
+        """
+        step = batch.head.step
         contexts = self._contexts(slots, lengths)
         if not sampling.features and not sampling.return_logits:
             output = StepOutput(step, np.array([c % self._vocab_size for c in contexts], np.int32))
@@ -382,7 +385,11 @@ class SimulatedBackend:
             output = self._sample(step, logits, slots, lengths, sampling)
         if len(output.token_ids):
             self.tables.drawn(np.array(slots, np.int32), np.array(lengths, np.int32), output.token_ids)
-        output = replace(output, device_s=self._step_s, prompt_logprobs=prompt_logprobs)
+        output = replace(output, device_s=self._step_s)
+        if isinstance(batch, PrefillBatch) and batch.next_token_ids is not None and prompt_scores is not None:
+            wanted = batch.next_token_ids[batch.next_token_ids >= 0]
+            chosen, ids, values = of_prompt(prompt_scores, wanted, batch.num_prompt_top_logprobs)
+            output = replace(output, prompt_logprobs=chosen, prompt_top_ids=ids, prompt_top_logprobs=values)
         return TimedStep(output, time.perf_counter() + self._step_s)
 
     def _sample(
