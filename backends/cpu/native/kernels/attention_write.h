@@ -62,7 +62,10 @@ void write_head(const tp_attention& l, uint8_t* head, size_t scales_at, int toke
     }
   } else {
     float most = 0;
-    for (int d = 0; d < count; ++d) most = fmaxf(most, fabsf(element(from, at + d)));
+    for (int d = 0; d < count; ++d) {
+      const float size = fabsf(element(from, at + d));
+      if (size > most) most = size;
+    }
     // Of what is tiny 127 / most would be inf. An inf makes the scale one, and so the whole head shows it.
     const float scale = most / 127.0f, inverse = most > 1e-36f ? 127.0f / most : 0.0f;
     int8_t* out = reinterpret_cast<int8_t*>(head);
