@@ -70,7 +70,7 @@ inline void some_sums(float (*to)[kBlockColumns], const Block& block, const uint
 #if defined(__AVX512F__)
 constexpr int kMostRows = 12, kMostRowsInGroups = 6;
 #else
-constexpr int kMostRows = 3, kMostRowsInGroups = 2;
+constexpr int kMostRows = 3, kMostRowsInGroups = 3;
 #endif
 
 template <class Format>
@@ -109,7 +109,8 @@ void packed_sums(float (*sums)[kBlockColumns], const Block& block, const uint8_t
 }
 
 // Chunk by chunk, so that a chunk of weights is read from the first cache for all groups of rows but the first.
-// Quantized weights are widened anew for each group: the units that do it have nothing else to do.
+// Quantized weights are widened anew for each group where the units that do it have nothing else to do, and otherwise
+// once for all of them.
 // Memory should give weights while any group multiplies, and not only while the first does: each of the first groups
 // fetches its line of every step of the next chunk. Later panels find the weights in the caches.
 template <class Format>
@@ -118,14 +119,21 @@ TP_ONE_FUNCTION void panel_sums(Sums& sums, const Block& block, const LinearInpu
   const int whole = block.scales ? block.group_pairs : kInputPadding / 2;  // that a chunk is made of
   const int chunk = round_up((block.pairs + chunks - 1) / chunks, whole);
   const int64_t next_chunk = int64_t(chunk) / Format::kPairs * Format::kBytes;
+  constexpr int kMostWidened = Format::kInRegisters ? 0 : 2 * kChunkPairs;  // of large groups a chunk has more
+  alignas(64) uint8_t widened[kMostWidened * Bf16Format::kBytes + 1];  // 1: none at all would be an error
   for (int first = 0; first < block.pairs; first += chunk) {
     const int last = smaller(first + chunk, block.pairs);
     const uint8_t* values = block.values + size_t(first) / Format::kPairs * Format::kBytes;
+    const bool widens = last - first <= kMostWidened;
+    if (widens) widen<Format>(widened, values, last - first);
     for (int g = 0; g < groups; ++g) {
       const int row = g * kGroupRows, count = smaller(kGroupRows, rows - row);
       const auto* group =
           static_cast<const typename Format::Input*>(input.rows) + int64_t(first_row + row) * block.pairs;
-      if (first_row == 0 && groups == 1) {
+      if (widens) {
+        if constexpr (!Format::kInRegisters)
+          packed_sums<Bf16Format>(sums + row, block, widened, group, count, first, last, FetchLine{0, -1});
+      } else if (first_row == 0 && groups == 1) {
         packed_sums<Format>(sums + row, block, values, group, count, first, last, FetchAll<Format, kAheadBytes>());
       } else {
         const int line = first_row == 0 && g < kLinesPerStep<Format> ? g : -1;

@@ -50,6 +50,19 @@ struct FetchLine {
   }
 };
 
+// bf16 of `pairs` pairs of one block.
+template <class Format>
+void widen(uint8_t* to, const uint8_t* from, int pairs) {
+  constexpr FetchAll<Format, kAheadBytes> fetch;
+  for (int pair = 0; pair < pairs; pair += Format::kPairs, from += Format::kBytes) {
+    fetch(from);
+    const Format step(from);
+    for (int i = 0; i < Format::kPairs; ++i)
+      for (int half = 0; half < 2; ++half, to += 64)
+        store(to, pairs_of(step.get(i, half)));
+  }
+}
+
 // sums[row][half] += products of `steps` steps, pairs in ascending order.
 template <int kRows, class Format, class Rows, class Fetch>
 inline void accumulate(F32x16 (&sums)[kRows][2], const uint8_t* values, const Rows& rows, int64_t first_pair,

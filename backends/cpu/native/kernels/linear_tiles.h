@@ -67,19 +67,6 @@ void add_tiles(float (*sums)[kBlockColumns], bool zero, const uint8_t* values, c
   write_tiles<kSecond>(sums);
 }
 
-// bf16 of `pairs` pairs of one block.
-template <class Format>
-void widen(uint8_t* to, const uint8_t* from, int pairs) {
-  constexpr FetchAll<Format, kAheadBytes> fetch;
-  for (int pair = 0; pair < pairs; pair += Format::kPairs, from += Format::kBytes) {
-    fetch(from);
-    const Format step(from);
-    for (int i = 0; i < Format::kPairs; ++i)
-      for (int half = 0; half < 2; ++half, to += 64)
-        store(to, pairs_of(step.get(i, half)));
-  }
-}
-
 // Multiplies [pair][32][2] bf16 by the scales of their groups; first: the first pair, counted in the block. Products
 // are rounded to bf16 once more, because sums in tiles cannot be scaled group by group.
 void scale_values(uint8_t* values, const Block& block, int first, int pairs) {
