@@ -9,6 +9,10 @@ import openai
 import pytest
 
 from helpers.live_server import MODEL_ID, LiveServer
+from tokenplane_api.generation import PromptToken
+from tokenplane_api.openai.completion_render import CompletionRenderer
+from tokenplane_api.openai.convert import Prepared
+from tokenplane_api.openai.render import Head
 
 
 def complete(client: openai.OpenAI, **options: Any) -> Any:
@@ -203,6 +207,29 @@ def test_echo_has_the_alternatives_of_the_prompts_tokens(openai_client: openai.O
         assert max(best.values()) == pytest.approx(max(drawn.top_logprobs[0].values()), abs=2e-3)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stop_token_has_its_entry(openai_client: openai.OpenAI, server: LiveServer, n: int) -> None:
+    """Harnesses take the last entry for the one generated token, and those before it for the prompt's."""
+    ids = server.service.tokenizer.encode("A block of the cache")
+    eos = server.service.tokenizer.stop_token_ids[0]
+    given = {"prompt": ids, "echo": True, "logprobs": 2, "max_tokens": 1, "n": n, "logit_bias": {str(eos): 100}}
+    answer = complete(openai_client, **given)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        assert choice.text == "A block of the cache"
+        assert all(len(column) == len(ids) + 1 for _, column in choice.logprobs if column)
+        assert choice.logprobs.text_offset[-1] == len(choice.text)
+    assert answer.usage.completion_tokens == n
+    lists: list[list[str]] = [[] for _ in range(n)]
+    for chunk in complete(openai_client, **given, stream=True):
+        if chunk.choices[0].logprobs:
+            lists[chunk.choices[0].index] += chunk.choices[0].logprobs.tokens
+    assert lists == [choice.logprobs.tokens for choice in answer.choices]
+    alone = complete(openai_client, **{**given, "max_tokens": 0, "n": 1}).choices[0]
+    assert alone.finish_reason == "length"
+    assert len(alone.logprobs.tokens) == len(ids)
+
+
 def test_echo_of_a_prompt_alone(openai_client: openai.OpenAI, server: LiveServer) -> None:
     prompt = "A block of the cache"
     whole = complete(openai_client, prompt=prompt, echo=True, logprobs=1, max_tokens=0)
@@ -218,3 +245,15 @@ def test_echo_of_a_prompt_alone(openai_client: openai.OpenAI, server: LiveServer
     assert complete(openai_client, prompt=prompt, echo=True, max_tokens=0).choices[0].text == prompt
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
         complete(openai_client, prompt=prompt, max_tokens=0)
+
+
+def test_an_alternative_with_the_text_of_the_prompts_own_token_is_not_lost() -> None:
+    """The own token is the last byte of "é", shown as the whole character; the better one is a token "é"."""
+
+    class Tokenizer:
+        def token_text(self, token_id: int) -> str:
+            return {7: "\ufffd", 8: "é", 9: "e"}[token_id]
+
+    renderer = CompletionRenderer(Head("r", "m", "f", 0), [], Prepared(specs=[]), Tokenizer())  # type: ignore[arg-type]
+    own = PromptToken(7, "é", -3.0, [(8, -0.1), (9, -2.0)])
+    assert renderer._alternatives(own) == {"é": -3.0, "e": -2.0, "token_id:8": -0.1}

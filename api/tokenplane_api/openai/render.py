@@ -54,6 +54,7 @@ class Renderer:
     object: str
     chunk_object: str
     id_prefix: str
+    tells_stop_token = False  # whether a drawn stop token is among those with log-probabilities
 
     def __init__(
         self, head: Head, generations: Sequence[Generation], prepared: Prepared, tokenizer: TextTokenizer
@@ -82,7 +83,7 @@ class Renderer:
         prefix = encode_line({**self._fields(self.chunk_object), "choices": []})[: -len(b"]}")]
         frames = [b'data: %b{"index":%d,' % (prefix, index) for index in range(len(self._generations))]
         self._frame_end = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
-        holders = [_LogprobHolder() for _ in self._generations]
+        holders = [_LogprobHolder(self.tells_stop_token) for _ in self._generations]
         started = [False] * len(self._generations)
         async with aclosing(merge(self._generations)) as pieces:
             async for index, piece in pieces:
@@ -140,7 +141,8 @@ class Renderer:
     def _whole_logprobs(self, output: Output) -> dict[str, Any] | None:
         if not self._prepared.wants_logprobs:
             return None
-        return self._logprobs(_LogprobHolder().release(Piece(output.text, output.tokens, output.finish_reason)))
+        whole = Piece(output.text, output.tokens, output.finish_reason)
+        return self._logprobs(_LogprobHolder(self.tells_stop_token).release(whole))
 
     def _chunk(self, frame: bytes, body: bytes, logprobs: bytes, finish_reason: str | None) -> bytes:
         finish = b'"%b"' % finish_reason.encode() if finish_reason else b"null"
@@ -150,7 +152,8 @@ class Renderer:
 class _LogprobHolder:
     """Sends each token's log-probability with the text that the token begins in, and none for text that is not sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, tells_stop_token: bool) -> None:
+        self._tells_stop_token = tells_stop_token
         self._held: list[GeneratedToken] = []
         self._num_sent_chars = 0
 
@@ -160,7 +163,8 @@ class _LogprobHolder:
             return []
         self._held += piece.tokens
         ends = piece.finish_reason is not None and piece.finish_reason != "stop_sequence"
-        ready = [token for token in self._held if not token.is_stop and (ends or token.start < self._num_sent_chars)]
+        told = (token for token in self._held if self._tells_stop_token or not token.is_stop)
+        ready = [token for token in told if ends or token.start < self._num_sent_chars]
         self._held = [] if ends else self._held[len(ready) :]
         return ready
 

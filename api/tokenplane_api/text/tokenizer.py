@@ -47,7 +47,8 @@ class TextTokenizer:
         self.byte_tokens = _byte_tokens(tokenizer) if "ByteFallback" in decoder_types else {}
         """The tokens that stand for one raw byte, in vocabularies that fall back to bytes."""
         self._byte_of = _byte_alphabet()
-        self._token_bytes: dict[int, bytes] = {}  # of the tokens that were asked for
+        self._token_texts: dict[int, str] = {}  # of the tokens that were asked for
+        self._token_bytes: dict[int, bytes] = {}
         # Decoders strip the space in front of the first token; behind this ordinary token they keep it.
         anchor = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor, self._anchor_text = anchor, tokenizer.decode(anchor, skip_special_tokens=False)
@@ -97,6 +98,12 @@ class TextTokenizer:
 
     def token_text(self, token_id: int) -> str:
         """The text of the one token, with its leading space; U+FFFD for each part of a character that it cuts."""
+        known = self._token_texts.get(token_id)
+        if known is None:
+            known = self._token_texts[token_id] = self._find_text(token_id)
+        return known
+
+    def _find_text(self, token_id: int) -> str:
         text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
         if text.startswith(self._anchor_text):
             return text[len(self._anchor_text) :]

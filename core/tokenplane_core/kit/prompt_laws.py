@@ -102,10 +102,12 @@ def prompt_top_logprobs_are_those_of_a_draw(subject: Subject) -> None:
     if caps.limits.chunk_tokens:
         engine.close()
         engine = _engine(subject, prefix_cache=False, max_step_tokens=16)
-        engine.submit(prompts[-1], 4, prompt_logprobs=True, num_prompt_top_logprobs=2)
+        chosen = next(i for i, k in enumerate(wanted) if k == 2)
+        engine.submit(prompts[chosen], 4, prompt_logprobs=True, num_prompt_top_logprobs=2)
         engine.run()
         (outcome,) = engine.outcomes.values()
-        whole = tops[-1] or []
+        whole = tops[chosen] or []
+        assert len(outcome.prompt_top_logprobs or []) == len(whole)
         for place, best in enumerate(outcome.prompt_top_logprobs or []):
             _same_best(best[:1], whole[place][:1], f"in steps of 16 tokens, at token {place}")
     engine.close()

@@ -190,11 +190,11 @@ void pack_group(const tp_linear_weight& w, const LinearInput& from, int group, v
     pad(static_cast<uint16_t*>(to) + 2 * pairs, static_cast<const uint16_t*>(from.rows) + start, from.stride, rows,
         w.inputs, padded);
   else if (w.type == TP_F32)
-    interleave_all(static_cast<F32Format::Input*>(to) + pairs, static_cast<const float*>(from.rows) + start, from.stride, rows,
-                   w.inputs, padded);
+    interleave_all(static_cast<F32Format::Input*>(to) + pairs, static_cast<const float*>(from.rows) + start,
+                   from.stride, rows, w.inputs, padded);
   else
-    interleave_all(static_cast<Bf16Format::Input*>(to) + pairs, static_cast<const uint16_t*>(from.rows) + start, from.stride,
-                   rows, w.inputs, padded);
+    interleave_all(static_cast<Bf16Format::Input*>(to) + pairs, static_cast<const uint16_t*>(from.rows) + start,
+                   from.stride, rows, w.inputs, padded);
 }
 
 }  // namespace

@@ -68,7 +68,9 @@ inline int input_type(const tp_linear_weight& w) { return w.type == TP_F32 ? TP_
 
 // Inputs of one linear layer: rows as the caller has them, or packed.
 struct LinearInput {
-  const void* rows;    // [rows, inputs], or packed: [groups of kGroupRows][pairs][kGroupRows][2]; for tiles padded rows
+  // [rows, inputs], or packed: [groups of kGroupRows][pairs][kGroupRows] a format's Input (two floats for bf16, too,
+  // where the tier has no products of bf16), for tiles padded rows.
+  const void* rows;
   int64_t stride;      // elements between rows, where they lie row by row
   int count;
   bool packed;
