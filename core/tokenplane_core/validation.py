@@ -78,9 +78,8 @@ def request_refusal(request: Submit, vocab_size: int, max_request_tokens: int) -
             "max_new_tokens",
             f"the prompt has {prompt} tokens and max_new_tokens is {new}; together they may be {max_request_tokens}",
         )
-    top = request.num_prompt_top_logprobs
-    if not 0 <= top <= min(MAX_PROMPT_TOP_LOGPROBS, vocab_size):
-        most = min(MAX_PROMPT_TOP_LOGPROBS, vocab_size)
+    top, most = request.num_prompt_top_logprobs, min(MAX_PROMPT_TOP_LOGPROBS, vocab_size)
+    if not 0 <= top <= most:
         return "num_prompt_top_logprobs", f"num_prompt_top_logprobs is {top}, allowed is 0 to {most}"
     size = len(request.grammar.source.encode("utf-8", "surrogatepass")) if request.grammar else 0
     if size > MAX_GRAMMAR_BYTES:

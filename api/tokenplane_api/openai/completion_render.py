@@ -24,6 +24,10 @@ class CompletionRenderer(Renderer):
         super().__init__(head, generations, prepared, tokenizer)
         self._told_prompts: dict[int, dict[str, Any]] = {}
 
+    @property
+    def num_completion_tokens(self) -> int:
+        return 0 if self._prepared.is_prompt_only else super().num_completion_tokens
+
     def _choice(self, index: int, output: Output) -> dict[str, Any]:
         logprobs = self._whole_logprobs(output)
         text, finish_reason = output.text, FINISH[output.finish_reason]

@@ -101,6 +101,10 @@ class Renderer:
         return sum(len(generation.spec.prompt_ids) for generation in self._firsts())
 
     @property
+    def num_completion_tokens(self) -> int:
+        return sum(generation.num_tokens for generation in self._generations)
+
+    @property
     def num_prompt_chars(self) -> int:
         return sum(len(generation.spec.prompt_text) for generation in self._firsts())
 
@@ -108,10 +112,7 @@ class Renderer:
         return self._generations[:: self._prepared.num_candidates]
 
     def _usage(self) -> dict[str, Any]:
-        prompt = self.num_prompt_tokens
-        completion = sum(generation.num_tokens for generation in self._generations)
-        if self._prepared.is_prompt_only:
-            completion = 0
+        prompt, completion = self.num_prompt_tokens, self.num_completion_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -93,7 +93,8 @@ class ProgramRunner:
             after = np.flatnonzero(following >= 0)
             wanted, scored = np.concatenate((wanted, after)), following[after]
         logits = self.program.step(token_ids, slots, context, new, wanted, len(drawn))
-        return self._drawn(batch, logits, slots[drawn], lengths, sampling, started_s, scored)
+        num_top = batch.num_prompt_top_logprobs
+        return self._drawn(batch, logits, slots[drawn], lengths, sampling, started_s, scored, num_top)
 
     def decode(self, batch: DecodeBatch, sampling: SamplingBatch) -> StepHandle:
         started_s = time.perf_counter()
@@ -113,10 +114,12 @@ class ProgramRunner:
         sampling: SamplingBatch,
         started_s: float,
         scored: I32 | None = None,
+        num_top: int = 0,
     ) -> StepHandle:
         """Draw from the logits of the sequences in `slots`, which have `lengths` tokens by now.
 
         scored: tokens i32 [p] whose log-probabilities are wanted, after those that the step wanted behind the sampled.
+        num_top: of how many best ids besides.
         """
         logprobs = top_ids = top_logprobs = None
         if sampling.return_logits:
@@ -125,8 +128,7 @@ class ProgramRunner:
             drawn, raw = self.sampler.draw(logits, sampling, self._histories(slots, lengths, sampling)), None
             self._slots.drawn(slots, lengths, drawn.token_ids)
         if scored is not None:
-            k = batch.num_prompt_top_logprobs if isinstance(batch, PrefillBatch) else 0
-            logprobs, top_ids, top_logprobs = self._of_prompt(len(logits), scored, k)
+            logprobs, top_ids, top_logprobs = self._of_prompt(len(logits), scored, num_top)
         output = StepOutput(
             batch.head.step,
             drawn.token_ids,

@@ -51,20 +51,23 @@ inline U32x16 pairs_of(const F32Pairs& weights) {
 // step it was made of. Quantized weights become bf16 where a table gives it at once, else floats.
 // kInRegisters: that happens in fewer steps than reading the bf16 from a cache takes.
 struct F32Format {
-  static constexpr bool kInRegisters = true;
   using Element = float;
   using Input = F32Pair;
   static constexpr int kPairs = 1, kBytes = 256;
+  static constexpr bool kInRegisters = true;
   const float* at;
   explicit F32Format(const uint8_t* step) : at(reinterpret_cast<const float*>(step)) {}
   F32Pairs get(int, int half) const { return {load(at + half * kLanes), load(at + kBlockColumns + half * kLanes)}; }
 };
 
-struct Bf16Format {
-  static constexpr bool kInRegisters = true;
+struct TakesBf16 {
   using Element = uint16_t;
   using Input = Bf16Input;
+};
+
+struct Bf16Format : TakesBf16 {
   static constexpr int kPairs = 1, kBytes = 128;
+  static constexpr bool kInRegisters = true;
   const uint8_t* at;
   explicit Bf16Format(const uint8_t* step) : at(step) {}
   U32x16 get(int, int half) const { return load_as<U32x16>(at + half * 64); }
@@ -87,11 +90,9 @@ struct Int8Table {
 };
 constexpr Int8Table kInt8Table;
 
-struct Int8Format {
-  static constexpr bool kInRegisters = true;
-  using Element = uint16_t;
-  using Input = Bf16Input;
+struct Int8Format : TakesBf16 {
   static constexpr int kPairs = 1, kBytes = 64;
+  static constexpr bool kInRegisters = true;
   U32x16 halves[2];
   explicit Int8Format(const uint8_t* step) {
     const __m512i index = load_as<__m512i>(step), sign = _mm512_set1_epi8(char(0x80));
@@ -109,11 +110,9 @@ struct Int8Format {
 
 #else
 
-struct Int8Format {
-  static constexpr bool kInRegisters = false;
-  using Element = uint16_t;
-  using Input = Bf16Input;
+struct Int8Format : TakesBf16 {
   static constexpr int kPairs = 1, kBytes = 64;
+  static constexpr bool kInRegisters = false;
   const uint8_t* at;
   explicit Int8Format(const uint8_t* step) : at(step) {}
 
@@ -153,11 +152,9 @@ alignas(64) constexpr uint16_t kInt4Table[32] = {
     0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
     0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
 
-struct Int4Format {
-  static constexpr bool kInRegisters = true;
-  using Element = uint16_t;
-  using Input = Bf16Input;
+struct Int4Format : TakesBf16 {
   static constexpr int kPairs = 2, kBytes = 64;
+  static constexpr bool kInRegisters = true;
   Register<uint16_t, 32> words;
   explicit Int4Format(const uint8_t* step) : words(load_as<Register<uint16_t, 32>>(step)) {}
   U32x16 get(int pair, int half) const {
@@ -168,11 +165,9 @@ struct Int4Format {
 
 #else
 
-struct Int4Format {
-  static constexpr bool kInRegisters = false;
-  using Element = uint16_t;
-  using Input = Bf16Input;
+struct Int4Format : TakesBf16 {
   static constexpr int kPairs = 2, kBytes = 64;
+  static constexpr bool kInRegisters = false;
   U32x16 words;
   explicit Int4Format(const uint8_t* step) : words(load_as<U32x16>(step)) {}
 
